@@ -1,4 +1,4 @@
-# Every target needs only python3 (3.11 or newer), make, a compiler and git: it makes .venv itself.
+# Targets need only python3 (3.11 or newer), make, a compiler and git; they create .venv.
 PYTHON ?= python3
 SEEDS  ?= 1
 DEMO   ?= miniature
@@ -8,14 +8,14 @@ WHEELS_PYTHON ?= 3.12
 WHEELS_MACHINE ?= x86_64
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# requirements/$(LOCK).txt is what $(VENV) gets: dev, or lowest for the lower bounds of pyproject.toml
+# requirements/$(LOCK).txt is installed into $(VENV): dev, or lowest for the lower bounds of pyproject.toml
 LOCK   ?= dev
 UPGRADE ?=
 
 .PHONY: demo reproduce post-2023 results docs test programs quick marks pythons lowest faults fuzz lint lock licenses \
 	bench dist gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
-# compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
+# keep compiled files regardless of the environment: pytest rewrites every assert, in each process
 export PYTHONDONTWRITEBYTECODE :=
 
 $(VENV)/.installed: pyproject.toml requirements/$(LOCK).txt
@@ -29,47 +29,47 @@ $(VENV)/.installed: pyproject.toml requirements/$(LOCK).txt
 demo: $(VENV)/.installed  ## the paper's experiment in miniature, from images to a report
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS) $(if $(EPOCHS),--epochs $(EPOCHS))
 
-reproduce: $(VENV)/.installed  ## every row of the paper's tables and of Fig. 7 in miniature
+reproduce: $(VENV)/.installed  ## every row of the paper's tables and Fig. 7, in miniature
 	launch/reproduce.sh --miniature --out $(DEMO) --seeds $(SEEDS) \
 		$(if $(EPOCHS),--epochs $(EPOCHS))
 
-post-2023: $(VENV)/.installed  ## the method beside those that came later, on equal terms, in miniature
+post-2023: $(VENV)/.installed  ## the method and later methods on equal terms, in miniature
 	launch/reproduce.sh --miniature --suite post-2023 --out $(DEMO) --seeds $(SEEDS) \
 		$(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(PROCESSES),--processes $(PROCESSES))
 
-results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
+results: $(VENV)/.installed  ## run the demo on three seeds; update docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
 	$(BIN)/python docs/update_results.py --demo $(DEMO)
 
-docs: $(VENV)/.installed  ## the pages, commands and Python API as a site that needs no network, in build/site/html
+docs: $(VENV)/.installed  ## build the pages, commands and Python API as an offline site in build/site/html
 	$(BIN)/python -m docs.site.build --out build/site
 
-# three at a time, because many tests wait for processes or servers that they started; files are not
-# kept together, so that the slowest one does not end alone
-test: $(VENV)/.installed  ## every test but `make programs`, in about fourteen minutes on two cores
+# three processes, because many tests wait for child processes or servers; tests of one file are
+# distributed, so that the slowest file does not run alone at the end
+test: $(VENV)/.installed  ## all tests except `make programs`, about fourteen minutes on two cores
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not program"
 
-programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo, installation or walk through a cluster
+programs: $(VENV)/.installed  ## the tests that run a complete benchmark, demo, installation or cluster walkthrough
 	$(BIN)/pytest -q -n 2 --dist worksteal -m program
 
-quick: $(VENV)/.installed  ## tests of at most 0.3 s each, in about a minute on two cores
+quick: $(VENV)/.installed  ## tests of at most 0.3 s each, about a minute on two cores
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not slow"
 
-marks: $(VENV)/.installed  ## are all others marked `slow`? on a machine that does nothing else
+marks: $(VENV)/.installed  ## check that all slower tests are marked `slow`; needs an idle machine
 	$(BIN)/pytest -q -m "not slow" --check-slow
 
-pythons:  ## `make quick` on each Python that rft supports and that is found here, in build/
+pythons:  ## `make quick` on each supported Python that is installed, in build/
 	tests/pythons.sh dev 3.11 3.12 3.13
 
-lowest:  ## `make quick` on exactly the lower bounds of pyproject.toml, on the oldest and newest Python
+lowest:  ## `make quick` on the exact lower bounds of pyproject.toml, on the oldest and newest Python
 	tests/pythons.sh lowest 3.11 3.13
 
-faults: $(VENV)/.installed  ## plant each fault of tools/planted_faults.toml; its tests must notice
+faults: $(VENV)/.installed  ## plant each fault of tools/planted_faults.toml; its tests must fail
 	$(BIN)/python tools/plant_faults.py --jobs 2
 
-# ten minutes if MINUTES is not given on the command line
+# ten minutes unless MINUTES is given on the command line
 fuzz: MINUTES = 10
-fuzz: $(VENV)/.installed  ## mutate valid input of every kind for MINUTES; a crash is an error
+fuzz: $(VENV)/.installed  ## mutate valid inputs of every kind for MINUTES; a crash is an error
 	$(BIN)/python -m tests.hostile.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scripts
@@ -80,25 +80,25 @@ lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh requirements/*.sh tests/*.sh tests/launch/*.sh
 
-# One resolution, with one release of a package for all Pythons where that exists: extras.txt holds
-# all that users install, the others constrain themselves to it.
-# Releases stay where they are; `make lock UPGRADE=--upgrade` takes newer ones, and a lower bound that is
-# new or falls needs UPGRADE='--upgrade-package NAME' once.
+# One resolution, with one release per package for all Pythons if possible: extras.txt has everything
+# that users install, and constrains the other files.
+# Locked releases stay; `make lock UPGRADE=--upgrade` takes newer ones. A new or reduced lower bound
+# needs UPGRADE='--upgrade-package NAME' once.
 COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --fork-strategy fewest \
 	--generate-hashes --no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
-lock: $(VENV)/.installed  ## requirements/*.txt for pyproject.toml, with hashes
+lock: $(VENV)/.installed  ## write requirements/*.txt for pyproject.toml, with hashes
 	$(COMPILE) --extra s3 --extra gcs --extra azure --extra wandb --extra onnx -o requirements/extras.txt
 	$(COMPILE) -c requirements/extras.txt -o requirements/run.txt
 	$(COMPILE) -c requirements/extras.txt --extra dev -o requirements/dev.txt
 	$(COMPILE) --resolution lowest-direct --extra dev --extra gcs --extra azure -o requirements/lowest.txt
 
-licenses: $(VENV)/.installed  ## requirements/licenses.md: the licence of every locked package
+licenses: $(VENV)/.installed  ## write requirements/licenses.md, the licence of every locked package
 	requirements/licenses.sh $(BIN)
 
-dist: $(VENV)/.installed  ## the wheel and the sdist, in dist/
+dist: $(VENV)/.installed  ## build the wheel and the sdist in dist/
 	$(BIN)/python -m uv build --quiet --no-build-isolation --out-dir dist
 
-bench: $(VENV)/.installed  ## the step, the loader and the packer against their peers; checkpoints; faults
+bench: $(VENV)/.installed  ## benchmark the step, loader and packer against their peers, checkpoints and faults
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.step --processes 3 --save
 	$(BIN)/python -m benchmarks.step --compile --save
@@ -123,21 +123,21 @@ bench: $(VENV)/.installed  ## the step, the loader and the packer against their 
 	$(BIN)/python -m benchmarks.summary
 	$(BIN)/python docs/update_results.py
 
-gpu: $(VENV)/.installed  ## the step, the trainer and more on this machine's GPU, within MINUTES
+gpu: $(VENV)/.installed  ## benchmark the step, the trainer and more on this machine's GPU, within MINUTES
 	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES); status=$$?; \
 		$(BIN)/python docs/update_results.py && exit $$status
 
-# for a machine that has torch and torchvision and no network: docs/gpu.md
-wheels: $(VENV)/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels
+# for a machine with torch and torchvision but no network: docs/gpu.md
+wheels: $(VENV)/.installed  ## the other requirements of benchmarks.gpu, as wheels in build/wheels
 	$(BIN)/python -m benchmarks.wheels --python $(WHEELS_PYTHON) --machine $(WHEELS_MACHINE)
 
-peers: $(VENV)/.installed  ## what other loaders do on the thirteen questions of docs/peers.md
+peers: $(VENV)/.installed  ## run other loaders on the thirteen questions of docs/peers.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
 	$(BIN)/python docs/update_results.py
 
-# built before anything is removed; never from pip's cache, which forgets the compiler's flags
-simd: $(VENV)/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
+# built before anything is removed, and without pip's cache, which ignores compiler flags
+simd: $(VENV)/.installed  ## replace Pillow in .venv by Pillow-SIMD, compiled for AVX2
 	rm -rf build/simd-wheel
 	CC="cc -mavx2" $(BIN)/pip wheel -q --no-cache-dir --no-binary pillow-simd --no-deps \
 		-w build/simd-wheel pillow-simd
@@ -145,5 +145,5 @@ simd: $(VENV)/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here 
 	$(BIN)/pip install -q --no-deps build/simd-wheel/*.whl
 	$(BIN)/python -m rft.env
 
-clean:  ## everything that these targets made
+clean:  ## remove everything that these targets created
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis miniature

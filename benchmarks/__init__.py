@@ -1,1 +1,1 @@
-"""Speed, measured as ratios within one run; results/ keeps what the commands wrote."""
+"""Speed benchmarks, reported as ratios within one run; results/ has their saved output."""

@@ -1,12 +1,12 @@
-"""What a CAM costs in memory: `python -m benchmarks.cam_memory --model ViT-L-14-336`.
+"""Memory cost of a CAM: `python -m benchmarks.cam_memory --model ViT-L-14-336`.
 
-Each case runs in a process of its own: one clean forward and the class activation map of all its
-images, with the graph kept for the loss, as in a training step. Its memory is the process's peak
-beyond the model itself.
-  textbook   the maps of all layers, their gradients and the relevance matrix stored in full;
-  step       the training loop's: maps made again from queries and keys, one layer at a time;
-  recompute  the same with --recompute, which keeps each layer's input only.
-Small batches give the memory of an image; then each case is tried at --images under a limit of
+Each case runs in its own process: one clean forward and the class activation maps of all its
+images, with the graph kept for the loss, as in a training step. Its memory is the peak of the
+process minus the model itself.
+  textbook   stores the maps of all layers, their gradients and the relevance matrix in full;
+  step       the training loop: recomputes maps from queries and keys, one layer at a time;
+  recompute  the training loop with --recompute, which keeps only each layer's input.
+Small batches give the memory per image. Then each case is tried at --images under a limit of
 --limit-gb beyond the model. The last line is one JSON object.
 """
 
@@ -28,7 +28,7 @@ from rft.method import relevance
 from rft.storage import files
 
 CASES = ("textbook", "step", "recompute")
-FAILED = 3  # a child's exit code for memory that it could not have
+FAILED = 3  # exit code of a child that ran out of memory
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ class Arguments:
     """open_clip model name; its weights are random."""
     images: int = 64
     small: tuple[int, int] = (2, 4)
-    """Two smaller batches, whose difference is the memory of an image."""
+    """Two smaller batches, whose difference gives the memory per image."""
     limit_gb: float = 20.0
-    """Memory that a process may have beyond the model."""
+    """Memory that a process may use beyond the model."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def run_case(case: str, model: str, images: int, limit_bytes: int) -> int:
-    """Return the peak bytes of memory beyond the model, of which it may have `limit_bytes`."""
+    """Return the peak memory in bytes beyond the model, limited to `limit_bytes`."""
     classifier = build_classifier(model, 1000)
     size = classifier.architecture.image_size
     pixels_BCHW = torch.randint(256, (images, 3, size, size), dtype=torch.uint8)
     labels_B = torch.arange(images)
     most = memory("VmData") + limit_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    # the peak of building the model does not count
+    # exclude the peak of building the model
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     if case == "textbook":
@@ -86,7 +86,7 @@ def memory(field: str) -> int:
 
 
 def child(case: str, model: str, images: int, limit_bytes: int) -> None:
-    """Run one case under a limit; print its memory, or exit with FAILED if it has too little."""
+    """Run one case under a limit; print its memory, or exit with FAILED if that is too little."""
     try:
         print(run_case(case, model, images, limit_bytes))
     except (MemoryError, RuntimeError) as error:
@@ -103,7 +103,7 @@ def measure_case(case: str, arguments: Arguments, images: int) -> int | None:
     """
     limit = str(int(arguments.limit_gb * 1e9))
     command = [sys.executable, "-m", "benchmarks.cam_memory", "child", case, arguments.model]
-    # memory that is given back at once, and no spare arenas: the peak is what was needed
+    # return freed memory at once and use no spare arenas, so that the peak is the memory in use
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
     result = subprocess.run(
         [*command, str(images), limit], env=environment, capture_output=True, text=True
@@ -116,7 +116,7 @@ def measure_case(case: str, arguments: Arguments, images: int) -> int | None:
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return everything that the page shows."""
+    """Collect the document to save."""
     few, more = arguments.small
     per_image, whole = {}, {}
     for case in CASES:

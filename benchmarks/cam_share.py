@@ -1,13 +1,13 @@
-"""What the CAM is of a step, counted and not timed: `python -m benchmarks.cam_share`.
+"""The CAM's share of a training step, counted instead of timed: `python -m benchmarks.cam_share`.
 
-One step of the training loop runs on tensors without values, in bf16 as on a GPU, and every
-operator that is not a view counts: the operations of matrix products and attention, and the bytes
-of the tensors that it reads and writes, as if each was read and written once. Of the CAM:
+One step of the training loop runs on tensors without values, in bf16 as on a GPU. Every operator
+that is not a view counts: the operations of matrix products and attention, and the bytes of the
+tensors that it reads and writes, each counted once. Parts of the CAM:
   backward   the logits' gradient on its way through the layers;
-  maps       what is made of it in each layer (rft/method/relevance.py: propagate).
-The time of an operator is the longer one of its bytes and its operations at an H100's published
-ceilings; nothing reaches them, so the shares of the time are an estimate. The last line is one JSON
-object.
+  maps       the relevance computed from it in each layer (rft/method/relevance.py: propagate).
+The time of an operator is the maximum of its memory time and compute time at an H100's published
+ceilings. No program reaches these ceilings, so the shares of time are estimates. The last line is
+one JSON object.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ class Arguments:
     """open_clip model names."""
     batch_sizes: tuple[int, ...] = (512, 128)
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 class Costs(TorchDispatchMode):
-    """Adds up what operators cost, by the phase that is current."""
+    """Adds up the cost of operators per phase."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Costs(TorchDispatchMode):
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
             for tree in ((args, kwargs), result)
         )
-        # a tensor that is allocated, or a view made by reshape, moves nothing
+        # a tensor that is allocated, or a view from reshape, moves no bytes
         if not read or (
             all(_same(tensor, read) for tensor in written) and not func._schema.is_mutable
         ):
@@ -92,7 +92,7 @@ class Costs(TorchDispatchMode):
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Count what is called in the body as `phase`."""
+        """Count calls in the body as `phase`."""
         before, self.phase = self.phase, phase
         yield
         self.phase = before

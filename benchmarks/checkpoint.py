@@ -1,9 +1,9 @@
-"""What a checkpoint costs the training: `python -m benchmarks.checkpoint [--save]`.
+"""Cost of a checkpoint during training: `python -m benchmarks.checkpoint [--save]`.
 
-The training loop's own step runs again and again with one checkpoint in each minute: not at all, as
-the loop writes it (copied, then written by a thread of its own), and written before the next step.
-Two numbers for each: how long the training thread is held up, which is all that a GPU would wait,
-and how much longer the same steps take, to which on a CPU the thread that writes adds its work.
+The training loop's own step runs repeatedly, with one checkpoint per minute written in three ways:
+not at all, as the loop does it (copied, then written by a background thread), and before the next
+step. Two numbers for each: how long the training thread is held up, which is the complete cost on a
+GPU, and how much longer the steps take. On a CPU the second includes the work of the thread.
 """
 
 import json
@@ -30,26 +30,26 @@ MINUTE = 60.0
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time checkpoints beside the steps of the main recipe."""
+    """Time training steps of the main recipe with checkpoints."""
 
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
     batch_size: int = 16
-    """Images in a step."""
+    """Images per step."""
     rounds: int = 3
-    """Minutes of each way, in turn."""
+    """Minutes of each variant, in turn."""
     seconds: float = MINUTE
-    """Length of one of them, with one checkpoint."""
+    """Length of one such minute, with one checkpoint."""
     folder: Path | None = None
-    """Where checkpoints are written; a temporary folder if not given."""
+    """Folder for checkpoints; a temporary folder by default."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def a_minute(
     train: Callable[[], None], steps: int, write: Callable[[], None]
 ) -> tuple[float, float]:
-    """Return the seconds of so many steps, and those in which a checkpoint held them up."""
+    """Time so many steps; return their seconds, and those for which a checkpoint held them up."""
     started = time.perf_counter()
     train()
     before = time.perf_counter()
@@ -61,7 +61,7 @@ def a_minute(
 
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
-    """Return everything that the page shows."""
+    """Collect the document to save."""
     options = step.Arguments(model=arguments.model, batch_size=arguments.batch_size)
     device = dist.pick_device("auto", step.WORLD)
     student = step.build_classifier(options.model, options.classes)
@@ -69,7 +69,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     job = step.build_job(options, device, precision, student)
     train = step.build_steps(options, device, precision, student)["step"]
     optimizer = build_optimizer(job.objective, job.config.optim)
-    for parameter in student.parameters():  # a state as large as in a training
+    for parameter in student.parameters():  # a state as large as during training
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     store, number = Store(str(folder), keep=2), 0
@@ -123,7 +123,7 @@ NAMES = {"background": "in the background (rft)", "waiting": "before the next st
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result in Markdown."""
+    """Format the result as Markdown."""
     lines = [
         "| one checkpoint a minute, written | training held up | of its time | steps take longer |",
         "| --- | --: | --: | --: |",
@@ -138,7 +138,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def note(result: dict[str, Any]) -> str:
-    """Return what the numbers are of."""
+    """Describe what the numbers were measured on."""
     return (
         f"{result['model']}, {result['batch_size']} images a step, a checkpoint of "
         f"{result['checkpoint_bytes'] / 1e9:.2f} GB on a local disk; medians of {result['rounds']} "

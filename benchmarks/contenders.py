@@ -1,17 +1,17 @@
-"""The loaders that `benchmarks.loader` compares, each run in a process of its own.
+"""The loaders that `benchmarks.loader` compares, each run in its own process.
 
-A contender is a function that makes what it needs from the photographs, once, and returns one that
-starts a pass: an iterator of image batches that never ends within a measurement. They all deliver
-CLIP's 224-pixel crops in batches of the same size, in random order, with the labels read as well:
-uint8 from those that leave normalisation to the GPU, float from open_clip, whose transform it is.
-Every one but open_clip's uses the same decoding and resizing code, so the figures compare what
-moves the samples, and the cores spend the rest on the same arithmetic.
+A contender is a function that prepares its data from the photographs once and returns a function
+that starts a pass: an iterator of image batches. All deliver CLIP's 224-pixel crops in batches of
+the same size, in random order, with labels: uint8 from those that leave normalisation to the GPU,
+float from open_clip, which has its own transform. All except open_clip share the same decoding and
+resizing code, so the figures compare how samples are moved, and the cores spend the rest of the
+time on equal arithmetic.
 
-A pass never ends within a measurement: rft's, webdataset's and open_clip's have no end, and
-streaming's and litdata's epochs are made long enough, which is checked.
+A pass never ends within a measurement: those of rft, webdataset and open_clip are endless, and the
+epochs of streaming and litdata are long enough, which is checked.
 
-This program reads a line, measures, and writes a JSON line, until its input ends: rounds of several
-contenders can then be interleaved without starting Python again.
+The program reads a line, measures, and writes a JSON line, until its input ends. So rounds of
+several contenders can be interleaved without restarting Python.
 """
 
 import importlib.metadata
@@ -42,37 +42,37 @@ from rft.loading.read import read_batches
 from rft.shards.images import clip_pixels, load_image
 
 SIZE = 224
-ENDLESS = 10**7  # samples or batches; no measurement gets there
+ENDLESS = 10**7  # samples or batches; more than any measurement needs
 SHUFFLE = 1000  # samples in webdataset's shuffle buffer
-SHARDS = 8  # of the sets that are written for others
-FASTEST = 600  # images a core decodes per second, at most: Pillow-SIMD's rate on the fastest here
+SHARDS = 8  # of the sets written for other loaders
+FASTEST = 600  # images per second and core, at most: Pillow-SIMD on the fastest machine
 Batches = Generator[Any, None, None]  # of images, (B, 3, 224, 224)
 Start = Callable[[], Batches]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Measure one contender each time a line comes in."""
+    """Measure one contender per input line."""
 
     name: str
     """Which contender."""
     work: Path
-    """Folder with photos/ and what was made of them; peers add their own formats."""
+    """Folder with photos/ and data derived from them; peers add their own formats."""
     workers: int
     """Loader processes."""
     batch_size: int
     """Images in a batch."""
     seconds: float
-    """Length of a measurement."""
+    """Seconds per measurement."""
 
 
 def rft_pixels(arguments: Arguments) -> Start:
-    """Return rft's loader on the set packed as pixels."""
+    """Build rft's loader on the set packed as pixels."""
     return _rft(arguments, "pixels")
 
 
 def rft_original(arguments: Arguments) -> Start:
-    """Return rft's loader on the set packed as the files' own JPEGs."""
+    """Build rft's loader on the set packed as the original JPEGs."""
     return _rft(arguments, "original")
 
 
@@ -93,7 +93,7 @@ def _rft(arguments: Arguments, encoding: str) -> Start:
 
 
 def memcpy(arguments: Arguments) -> Start:
-    """Return a single thread that copies random payloads of the pixels set into one batch."""
+    """Copy random payloads of the pixels set into one batch, in a single thread."""
     packed = PackedDataset(str(arguments.work / "pixels" / "imagenet-train"))
     stored_NL = np.stack([np.frombuffer(packed.payload(n), np.uint8) for n in range(len(packed))])
     batch_BL = np.empty((arguments.batch_size, stored_NL.shape[1]), dtype=np.uint8)
@@ -109,7 +109,7 @@ def memcpy(arguments: Arguments) -> Start:
 
 
 def bare(arguments: Arguments) -> Start:
-    """Return a single thread that decodes and crops JPEGs from memory with plain Pillow calls."""
+    """Decode and crop JPEGs from memory with plain Pillow calls, in a single thread."""
     files = [path.read_bytes() for path in _photos(arguments)]
     batch_BCHW = np.empty((arguments.batch_size, 3, SIZE, SIZE), dtype=np.uint8)
     rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def bare(arguments: Arguments) -> Start:
 
 
 def bare_crop(data: bytes) -> np.ndarray:
-    """Return CLIP's crop of an image file, uint8 (3, 224, 224), with nothing around Pillow."""
+    """Compute CLIP's crop of an image file with plain Pillow, uint8 (3, 224, 224)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = (max(SIZE, SIZE * side // min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -134,12 +134,12 @@ def bare_crop(data: bytes) -> np.ndarray:
 
 
 def webdataset_pixels(arguments: Arguments) -> Start:
-    """Return webdataset's reader on tars of the same arrays as rft's pixels, npy and cls."""
+    """Build webdataset's reader on tars of the same arrays as rft's pixels, npy and cls."""
     return _webdataset(arguments, "pixels", "npy", _crop_of_npy)
 
 
 def webdataset(arguments: Arguments) -> Start:
-    """Return webdataset's reader on tars of the same JPEGs, jpg and cls."""
+    """Build webdataset's reader on tars of the same JPEGs, jpg and cls."""
     return _webdataset(arguments, "original", "jpg", _crop)
 
 
@@ -165,7 +165,7 @@ def _webdataset(
 
 
 def open_clip(arguments: Arguments) -> Start:
-    """Return the training pipeline of open_clip on its own kind of tars (jpg and txt)."""
+    """Build open_clip's training pipeline on its own kind of tars (jpg and txt)."""
     import open_clip as library
     from open_clip_train.data import get_wds_dataset
 
@@ -183,13 +183,13 @@ def open_clip(arguments: Arguments) -> Start:
         world_size=1,
     )
     transform = library.image_transform(SIZE, is_train=False)
-    # captions cost the pipeline as little as our labels do
+    # captions that cost the pipeline as little as our labels
     data = get_wds_dataset(settings, transform, True, tokenizer=lambda text: [len(text)])
     return lambda: (images for images, _ in data.dataloader)
 
 
 def mosaicml_streaming(arguments: Arguments) -> Start:
-    """Return streaming's dataset on MDS shards that hold the same JPEGs."""
+    """Build streaming's dataset on MDS shards of the same JPEGs."""
     from streaming import MDSWriter, StreamingDataset  # pyrefly: ignore[missing-import]
 
     folder = arguments.work / "mds"
@@ -215,14 +215,14 @@ def mosaicml_streaming(arguments: Arguments) -> Start:
 
 
 def litdata(arguments: Arguments) -> Start:
-    """Return litdata's dataset on chunks that hold the same JPEGs."""
+    """Build litdata's dataset on chunks of the same JPEGs."""
     from litdata import (  # pyrefly: ignore[missing-import]
         StreamingDataLoader,
         StreamingDataset,
         optimize,
     )
 
-    # its loader starts every epoch anew, so one must outlast a measurement
+    # its loader restarts every epoch, so one must outlast a measurement
     taken = arguments.batch_size * passed_over(arguments.workers)
     taken += max(1, arguments.workers) * FASTEST * arguments.seconds
     photos = _photos(arguments)
@@ -257,7 +257,7 @@ def _litdata_sample(path: str) -> dict[str, Any]:
 
 
 def _litdata_crop(sample: dict[str, Any]) -> tuple[np.ndarray, int]:
-    # it hands out a view of its chunk, which Pillow does not read
+    # it returns a view of its chunk, which Pillow cannot read
     return _crop(bytes(sample["image"])), sample["label"]
 
 
@@ -279,14 +279,14 @@ def _photos(arguments: Arguments) -> list[Path]:
 
 
 def _write(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Make a folder whole or not at all."""
+    """Create a folder atomically."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     write(temporary)
     temporary.rename(folder)
 
 
 def _write_pair_tars(folder: Path, packed: PackedDataset, suffix: str) -> None:
-    """Write what rft packed as its users have it: two members for each sample, not rft's four."""
+    """Write rft's packed data as its users store it: two members per sample, not rft's four."""
     from webdataset import TarWriter
 
     folder.mkdir(parents=True)
@@ -349,15 +349,15 @@ def rate(start: Start, arguments: Arguments) -> dict[str, float]:
 
 
 def passed_over(workers: int) -> int:
-    """Return how many batches of a pass come before those that are counted."""
+    """Count the batches of a pass before those that are measured."""
     return 1 + 4 * workers
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of all processes of this session so far."""
+    """Sum the CPU time so far of all processes of this session."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended between listing and reading
+        with suppress(OSError):  # ended between listing and reading
             fields = stat.read_text().rsplit(") ", 1)[1].split()
             if int(fields[3]) == os.getsid(0):
                 ticks += int(fields[11]) + int(fields[12])
@@ -365,7 +365,7 @@ def cpu_seconds() -> float:
 
 
 def versions(name: str) -> dict[str, str]:
-    """Return the versions of what a contender stands on, as this process sees them."""
+    """List the versions of a contender's libraries, as this process sees them."""
     packages = {"webdataset_pixels": "webdataset", "open_clip": "open_clip_torch"}
     found = {"pillow": PIL.__version__, "torch": torch.__version__, "numpy": np.__version__}
     for package in (packages.get(name, name.replace("_", "-")), "webdataset"):
@@ -375,7 +375,7 @@ def versions(name: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Serve measurements; whatever libraries print goes to stderr."""
+    """Serve measurements; libraries' output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     arguments = cli.parse(Arguments, prog="benchmarks.contenders")

@@ -1,15 +1,15 @@
-"""What each method costs beside plain fine-tuning: `python -m benchmarks.costs --save`.
+"""Cost of each method relative to plain fine-tuning: `python -m benchmarks.costs --save`.
 
-For every recipe that trains all weights and is compared with others, one optimizer step of the
-training loop's own (gradients, optimizer, a moving teacher's update), on random images and random
+Measures one optimizer step of the training loop (gradients, optimizer, update of a moving teacher)
+for every recipe that trains all weights and is compared with others, on random images and random
 weights of one open_clip model, without --compile. All recipes are interleaved in one process, so
-that a busy machine slows all of them alike. On a CPU in fp32, on a GPU in bf16.
+that a busy machine slows all of them alike. fp32 on a CPU, bf16 on a GPU.
 
   time     of a step over that of `vanilla` in the same round;
-  kept     the same where the frozen tower's features of the clean images are read, as rft does from
-           the second epoch on (--loader.features-gb), and not computed;
-  memory   the peak of a step of more images over vanilla's, counted on tensors without values as
-           --dry-run does (rft/train/memory.py).
+  kept     the same with the frozen tower's features of the clean images read instead of computed,
+           as rft does from the second epoch on (--loader.features-gb);
+  memory   the peak of a step with more images over vanilla's, counted on tensors without values as
+           in --dry-run (rft/train/memory.py).
 
 The last line is one JSON object.
 """
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
     recipe: str
     options: Mapping[str, Any] = {}
-    """Of the method, beside the recipe's own."""
+    """Options of the method, beside the recipe's own."""
 
     @property
     def title(self) -> str:
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    """Return every kind of step, by name: recipes, and a moving teacher, which none has."""
+    """List every kind of step by name: the recipes, and a moving teacher, which no recipe uses."""
     names = dict.fromkeys((BASE, *recipes.SUITE, "no-mask", *recipes.RESEARCH))
     every = {name: Case(name) for name in names}
     every["moving-teacher"] = Case(recipes.DEFAULT, {"teacher": "ema"})
@@ -87,18 +87,18 @@ class Arguments:
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
     batch_size: int = 16
-    """Images in a step that is timed."""
+    """Images per timed step."""
     memory_images: int = 512
-    """Images in a step whose memory is counted: the paper's batch."""
+    """Images per step whose memory is counted: the paper's batch."""
     classes: int = 1000
-    """The first of ImageNet's, each with OpenAI's 80 prompts."""
+    """The first classes of ImageNet, each with OpenAI's 80 prompts."""
     rounds: int = 5
-    """Timed repetitions of each step, after one that is not timed."""
+    """Timed repetitions of each step, after one warm-up."""
     recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE...")] = ()
     """These, beside vanilla; all if not given. moving-teacher is object-mask-single-fill with
     --method.teacher ema."""
     save: bool = False
-    """Write the result and the page to benchmarks/results/ as well."""
+    """Also write the result and the page to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         known = cases()
@@ -120,13 +120,13 @@ class Arguments:
             raise ValueError(f"--classes is {self.classes}; it must be from 2 to {most:,}")
 
     def chosen(self) -> dict[str, Case]:
-        """Return what is measured, vanilla first."""
+        """List the measured steps, vanilla first."""
         wanted = (BASE, *(self.recipes or cases()))
         return {name: case for name, case in cases().items() if name in wanted}
 
 
 class Shared:
-    """Weights, optimizers and images that all cases share: fifteen times them fill a machine.
+    """Weights, optimizers and images shared by all cases: fifteen copies would fill a machine.
 
     What a step takes does not depend on the weights' values.
     """
@@ -138,7 +138,7 @@ class Shared:
         clip: PretrainedClip,
         prompts: tuple[Sequence[str], Sequence[str]],
     ) -> None:
-        """Begin with `clip`, whose tower learns, and the names and prompts of the classes."""
+        """Start with `clip`, whose tower learns, and the names and prompts of the classes."""
         clip.model.to(device)
         self.clip, self.prompts, self.device = clip, prompts, device
         self.precision: Precision = "bf16" if device.type == "cuda" else "fp32"
@@ -150,14 +150,14 @@ class Shared:
         self.optimizers: dict[Any, torch.optim.Optimizer] = {}
 
     def job(self, config: Config) -> Job:
-        """Build the job of a configuration; the only weights of its own are those it needs."""
+        """Build the job of a configuration, with only the weights that cannot be shared."""
         method, student, classes = config.method, self.student, self.prompts[0]
         if method.loss == "contrastive":
             # its head does not learn (rft/train/build.py)
             head = copy.deepcopy(student.head).requires_grad_(False)
             student = Classifier(student.visual, head, student.architecture)
         if method.context_weight > 0:
-            # contexts are means over classes: as many for one, and embedding all takes an hour
+            # contexts are means over classes: one costs the same, all take an hour
             classes = classes[:1]
         changes = method.teacher != "frozen" or self.precision == "bf16"
         return step.build_job(
@@ -171,7 +171,7 @@ class Shared:
         )
 
     def optimizer(self, job: Job) -> torch.optim.Optimizer:
-        """Return the optimizer of a job: of all jobs with the same weights and options, one."""
+        """Return the optimizer of a job, shared by all jobs with the same weights and options."""
         key = job.config.optim, job.config.method.loss
         if key not in self.optimizers:
             self.optimizers[key] = build_optimizer(job.objective, job.config.optim)
@@ -179,7 +179,7 @@ class Shared:
 
 
 def one_step(job: Job, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    """Take a step as the training loop does."""
+    """Take a step as in the training loop."""
     accumulate_gradients(job, job.objective, batch, step=0)
     update(job, optimizer, next(iter(moving_average.shares(job.config.method, 1)), 0.0))
 
@@ -187,7 +187,7 @@ def one_step(job: Job, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
 def build_steps(
     jobs: Mapping[str, Job], shared: Shared
 ) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    """Return the steps by name, and the names of those that read features by their recipe's."""
+    """List the steps by name, and the names of those whose recipe reads features."""
     steps, kept = {}, {}
     for name, job in jobs.items():
         optimizer = shared.optimizer(job)
@@ -222,10 +222,10 @@ def measure(
     clip: PretrainedClip,
     prompts: tuple[Sequence[str], Sequence[str]],
 ) -> dict[str, Any]:
-    """Return the costs by recipe; `prompts` are the names of the classes and their templates."""
+    """Measure the costs by recipe; `prompts` are the class names and their templates."""
     shared, chosen = Shared(arguments, device, clip, prompts), arguments.chosen()
     jobs = {name: shared.job(case.config) for name, case in chosen.items()}
-    # first: it takes no time from the steps, and a torch that cannot count is found out
+    # first, because it takes no time from the steps and fails early if torch cannot count
     counted = {name: count_memory(job, arguments.memory_images) for name, job in jobs.items()}
     steps, kept = build_steps(jobs, shared)
     seconds = step.time_steps(steps, arguments.rounds, device)
@@ -258,16 +258,16 @@ def measure(
 
 
 class Besides(NamedTuple):
-    """What a system costs that is made of trained models, beside their trainings."""
+    """The cost of a system made of trained models, in addition to their trainings."""
 
     forwards: int
     """Of an image tower, for each test image."""
     once: str = ""
-    """Work that is done once for each system."""
+    """Work done once per system."""
 
 
 def besides(kind: MergeKind | EnsembleKind) -> Besides:
-    """Return what a kind of merge or ensemble costs."""
+    """Look up the cost of a kind of merge or ensemble."""
     held_out = "both models on the held-out images (temperatures)"
     match kind:
         case "wise" | "uniform-soup" | "model-stock":
@@ -286,7 +286,7 @@ def besides(kind: MergeKind | EnsembleKind) -> Besides:
 
 
 def trainings(name: str, after: Iterable[str]) -> str:
-    """Write how many models of which recipe a system needs; zero-shot is not trained."""
+    """List the models that a system needs, by recipe; zero-shot is not trained."""
     inputs = (recipes.MERGED.get(name) or recipes.ENSEMBLES[name]).inputs
     # a soup's are vanilla-seed0 and vanilla-lr1e-05-seed0
     found = Counter(next(one for one in inputs if run.startswith(f"{one}-")) for run in after)
@@ -295,7 +295,7 @@ def trainings(name: str, after: Iterable[str]) -> str:
 
 
 def made_of_trained() -> str:
-    """Return the table of merges and ensembles: facts of the plan, nothing is measured."""
+    """Format the table of merges and ensembles, which are facts of the plan and not measured."""
     study = experiments.Study(runs="-", data="-", suite="post-2023", seeds=1)
     kinds: dict[str, MergeKind | EnsembleKind]
     kinds = {name: one.kind for name, one in recipes.MERGED.items()}
@@ -309,7 +309,7 @@ def made_of_trained() -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the costs of a result, with what made it above them."""
+    """Format the costs of a result, below a line with its provenance."""
     where = result["accelerator"] or "CPU"
     lines = [
         f"{result['model']}, {result['batch_size']} images, {result['precision']}, {where}, "
@@ -344,12 +344,12 @@ FACTS = (
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page of one or several results."""
+    """Format one or several results as a page."""
     return "\n\n".join([*map(table, results), NOTE, FACTS, made_of_trained()]) + "\n"
 
 
 def saved() -> list[dict[str, Any]]:
-    """Return the results that were saved, in the order of their names."""
+    """Load the saved results in the order of their names."""
     return [files.read_json(str(path)) for path in sorted(RESULTS.glob("costs_*.json"))]
 
 

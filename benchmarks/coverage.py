@@ -1,18 +1,18 @@
-"""Do 95% intervals hold what they promise? `python -m benchmarks.coverage [--save]`.
+"""Coverage of 95% intervals in simulation: `python -m benchmarks.coverage [--save]`.
 
-Sets of images are drawn at random from a population whose accuracies are known, an interval is made
-of each, and those that contain the true value are counted:
+Sets of images are drawn at random from a population with known accuracies. An interval is computed
+for each set, and those that contain the true value are counted:
 
-    Wilson      of one accuracy, as `rft.statistics.accuracy.wilson`; beside it the textbook's
+    Wilson      of one accuracy, as `rft.statistics.accuracy.wilson`; compared with the textbook's
                 plus or minus 1.96 standard errors;
     bootstrap   of a difference of two systems on the same images, as
                 `rft.statistics.paired.bootstrap`: one set, the average of five sets of the OOD
                 benchmarks' sizes, and systems that are means of three seeds;
-    together    of a difference on versions of images, as in ImageNet-C, whose versions are drawn
-                together; beside it as if each version were an image of its own;
-    seeds       of the mean accuracy of three seeds, near 100% too, where all images may be right.
+    together    of a difference on versions of images, as in ImageNet-C, with the versions drawn
+                together; compared with drawing each version as an independent image;
+    seeds       of the mean accuracy of three seeds, also near 100%, where all images may be right.
 
-An interval for images says nothing of other training seeds. The last line is one JSON object.
+An interval over images does not describe other training seeds. The last line is one JSON object.
 """
 
 import json
@@ -40,18 +40,18 @@ class Arguments:
     """Count how often intervals contain the true value."""
 
     draws: int = 10_000
-    """Sets that are drawn for each row of Wilson's table."""
+    """Sets drawn per row of Wilson's table."""
     paired_draws: int = 2000
-    """Sets that are drawn for each row of the bootstrap's."""
+    """Sets drawn per row of the bootstrap's table."""
     replicates: int = 2000
-    """Of each bootstrap."""
+    """Replicates of each bootstrap."""
     seed: int = 0
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def of_accuracies(arguments: Arguments) -> list[dict[str, Any]]:
-    """Return the coverage of intervals of one accuracy, for each share and number of images."""
+    """Measure the coverage of intervals of one accuracy, for each accuracy and number of images."""
     draws, rows = np.random.default_rng(arguments.seed), []
     for share in SHARES:
         for total in TOTALS:
@@ -76,7 +76,7 @@ def of_accuracies(arguments: Arguments) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Population:
-    """Kinds of images, each with how often each seed of two systems has it right."""
+    """Kinds of images, with each seed's accuracy on them, for two systems."""
 
     weight_T: np.ndarray
     one_ST: np.ndarray
@@ -84,11 +84,11 @@ class Population:
 
     @property
     def gain(self) -> float:
-        """Return the true difference of the two systems, these trainings being given."""
+        """Compute the true difference of the two systems, given these trainings."""
         return float(self.weight_T @ gains(self.one_ST, self.two_ST))
 
     def draw(self, images: int, draws: np.random.Generator) -> np.ndarray:
-        """Return the gains of images that are drawn at random, (N,)."""
+        """Draw images at random and return their gains, (N,)."""
         kind_N = draws.choice(len(self.weight_T), images, p=self.weight_T)
         return gains(self.one_ST, self.two_ST)[kind_N]
 
@@ -96,7 +96,7 @@ class Population:
 def population(
     accuracy: float, better: float, seeds: int, draws: np.random.Generator
 ) -> Population:
-    """Make up kinds of images: easy ones are easy for all seeds of both systems."""
+    """Draw kinds of images: easy ones are easy for all seeds of both systems."""
     kinds = 400
     hard_T = draws.uniform(size=kinds)
     noise = 0.08
@@ -106,7 +106,7 @@ def population(
 
 
 def of_differences(arguments: Arguments) -> list[dict[str, Any]]:
-    """Return the coverage of intervals of paired differences."""
+    """Measure the coverage of intervals of paired differences."""
     ood = tuple(BENCHMARKS[name].images for name in OOD_SETS)
     cases: list[tuple[str, Sequence[int], int]] = [
         ("one set of 200 images", (200,), 1),
@@ -141,7 +141,7 @@ def of_differences(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def of_versions(arguments: Arguments) -> list[dict[str, Any]]:
-    """Return the coverage of differences on sets with several versions of each image."""
+    """Measure the coverage of differences on sets with several versions of each image."""
     rows = []
     for units, versions in ((10, 15), (50, 15), (500, 15), (500, 75)):
         draws = np.random.default_rng([arguments.seed, units, versions])
@@ -149,7 +149,7 @@ def of_versions(arguments: Arguments) -> list[dict[str, Any]]:
         inside = np.zeros(2)
         for draw in range(arguments.paired_draws):
             unit_N = draws.choice(len(kind.weight_T), units, p=kind.weight_T)
-            # versions are to a population's images what seeds are: they share how hard it is
+            # versions share the difficulty of their image, like seeds in a population
             one_VN, two_VN = kind.one_ST[:, unit_N], kind.two_ST[:, unit_N]
             size_N = np.full(units, versions)
             together = tally(one_VN.sum(axis=0), 1, two_VN.sum(axis=0), 1, size_N)
@@ -167,12 +167,12 @@ def of_versions(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def of_seeds(arguments: Arguments) -> list[dict[str, Any]]:
-    """Return the coverage of intervals of three seeds' mean accuracy."""
+    """Measure the coverage of intervals of three seeds' mean accuracy."""
     rows = []
     for share in (0.6, 0.95, 0.99):
         for total in (20, 200, 2000):
             draws = np.random.default_rng([arguments.seed, total, int(100 * share)])
-            # at these shares the border of what is right lies within the noise
+            # at these accuracies the decision boundary lies within the noise
             hard_T = draws.uniform(size=2000)
             right_ST = hard_T + 0.03 * draws.normal(size=(3, 2000)) < share
             true, inside = float(right_ST.mean()), 0
@@ -195,7 +195,7 @@ def of_seeds(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return everything that is saved."""
+    """Collect the document to save."""
     return {
         "benchmark": "coverage",
         **machine.describe(("rft/statistics",)),
@@ -209,7 +209,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as Markdown."""
+    """Format the result as Markdown."""
     lines = [
         f"Share of {result['draws']:,} drawn sets (differences: {result['paired_draws']:,}) whose "
         f"{result['level']:.0%} interval contains the true value. {machine.made(result)}.",
@@ -254,7 +254,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and save if asked to."""
+    """Measure, print and, with --save, write the result."""
     arguments = cli.parse(Arguments, prog="benchmarks.coverage")
     result = measure(arguments)
     if arguments.save:

@@ -1,9 +1,9 @@
-"""Package folders to run beside .venv: `python -m benchmarks.environments` makes them all.
+"""Package folders beside .venv: `python -m benchmarks.environments` creates them all.
 
-The peers pin packages that clash with ours and with each other's (open_clip wants webdataset 0.2,
-streaming wants numpy 2.1), and Pillow-SIMD replaces Pillow. Each gets a folder of its own that a
-child process finds before .venv's packages, so that torch is installed once and .venv stays as it
-is. What cannot be installed here is left out, with pip's reason, and reported so.
+The peers pin packages that conflict with ours and with each other's (open_clip wants webdataset
+0.2, streaming wants numpy 2.1), and Pillow-SIMD replaces Pillow. Each gets its own folder, which a
+child process searches before .venv's packages. So torch is installed only once, and .venv does not
+change. Packages that cannot be installed are omitted and reported with pip's reason.
 """
 
 import json
@@ -18,7 +18,7 @@ from rft import cli
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "environments"
-# exact versions, so that a result can be had again; --no-deps, so nothing else gets in
+# exact versions for reproducible results; --no-deps, so nothing else is installed
 PACKAGES: dict[str, tuple[str, ...]] = {
     "pillow-simd": ("pillow-simd==12.1.1.post0",),
     "open_clip": ("webdataset==0.2.86", "pandas==2.3.3", "pytz==2026.2"),
@@ -58,14 +58,14 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Install the packages that the benchmarks compare with, each in a folder of its own."""
+    """Install the packages that the benchmarks compare with, each in its own folder."""
 
     names: tuple[str, ...] = tuple(PACKAGES)
-    """Which of them."""
+    """Environments to install."""
 
 
 def install(name: str) -> None:
-    """Install one environment, unless it is there; a failure is kept for `absence` to tell."""
+    """Install one environment, unless it exists; a failure is kept for `absence` to report."""
     folder = BUILD / name
     if absence(name) is None:
         return
@@ -75,7 +75,7 @@ def install(name: str) -> None:
     command += ["--no-deps", "--target", str(folder), *PACKAGES[name]]
     variables = dict(os.environ)
     if name == "pillow-simd":
-        # pip keeps what it built by name alone: a wheel of other flags must not be taken for ours
+        # pip caches wheels by name alone: one built with other flags must not be used
         command += ["--no-binary", "pillow-simd", "--no-cache-dir"]
         variables["CC"] = "cc -mavx2"
     result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -87,7 +87,7 @@ def install(name: str) -> None:
 
 
 def absence(name: str) -> str | None:
-    """Return why an environment cannot be used, or None if it can."""
+    """Return the reason why an environment cannot be used, or None."""
     try:
         state = json.loads((BUILD / name / "state.json").read_text())
     except FileNotFoundError:
@@ -98,13 +98,13 @@ def absence(name: str) -> str | None:
 
 
 def variables(name: str | None) -> dict[str, str]:
-    """Return the environment of a child process that uses it; None is .venv as it is."""
+    """Build the environment of a child process that uses it; None is plain .venv."""
     folders = [str(BUILD / name)] if name else []
     return {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, str(ROOT)])}
 
 
 def main() -> None:
-    """Install what the command line names and say what is there."""
+    """Install the environments named on the command line and report their state."""
     arguments = cli.parse(Arguments, prog="benchmarks.environments")
     for name in arguments.names:
         if name not in PACKAGES:

@@ -1,10 +1,10 @@
-"""What a fault costs a run: `python -m benchmarks.faults [--quick] [--save]`.
+"""Cost of faults: `python -m benchmarks.faults [--quick] [--save]`.
 
-Each try starts a training under torchrun, hurts it at a random point, starts the same command again
-and compares: the steps that had to be computed twice, and the weights, bit for bit, with those of a
-run that nothing happened to. The processes, signals and files are real; so is the full disk (a file
-system in memory, which needs root). Where a fault must end a run for good, the try counts if the
-run says so in one line and keeps its checkpoints.
+Each try starts a training under torchrun, injects a fault at a random point, and reruns the same
+command. It measures the steps that were computed twice, and compares the weights, bit for bit, with
+those of an undisturbed run. The processes, signals and files are real, and so is the full disk (a
+file system in memory, which needs root). If a fault must end a run for good, the try counts if the
+run prints one line about it and keeps its checkpoints.
 
 The last line printed is a JSON object: `tries`, `lost_steps` (all tries together),
 `weights_differ` (tries that did not end with the undisturbed run's weights).
@@ -42,30 +42,30 @@ from rft.train.checkpoint import Store, file_name, record_name
 
 RESULTS = Path(__file__).parent / "results"
 RANKS = 2
-STEPS, EVERY = 80, 4  # steps of the whole run, and between two checkpoints
-SECONDS = 600  # until a try gives up waiting for what must happen, on any machine
-HANG = 8  # seconds that ranks wait for one that hangs
+STEPS, EVERY = 80, 4  # steps of the complete run, and between two checkpoints
+SECONDS = 600  # until a try stops waiting for an expected event, on any machine
+HANG = 8  # seconds that ranks wait for a hanging one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Try faults on a small run and count what is lost."""
+    """Inject faults into a small run and count the lost steps."""
 
     quick: bool = False
-    """20 tries in all instead of 20 of each kill and 3 of everything else."""
+    """20 tries in total instead of 20 per kill and 3 per other fault."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FAULT...")] = ()
-    """These faults alone."""
+    """Only these faults."""
     tries: int | None = None
-    """Tries of each fault."""
+    """Tries per fault."""
     seed: int = 0
-    """Seed of the points at which runs are hurt."""
+    """Seed of the points at which faults are injected."""
     save: bool = False
-    """Keep the table in benchmarks/results, with what is there of faults that are not tried now."""
+    """Write the table to benchmarks/results, and keep saved rows of faults that are not tried."""
 
 
 @dataclass
 class Run:
-    """A training on the tiny world, as a user starts it."""
+    """A training on the tiny world, started as by a user."""
 
     folder: Path
     data: Path
@@ -87,12 +87,12 @@ class Run:
         ]
 
     def log(self) -> Path:
-        """Return a new file for what a job says."""
+        """Return a new file for the output of a job."""
         self.output.append(str(self.folder.with_suffix(f".{len(self.output)}.log")))
         return Path(self.output[-1])
 
     def start(self) -> None:
-        """Start it in a session of its own; what it says goes to a file."""
+        """Start it in its own session, with output to a file."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={self.ranks}", "-m", *self.words]
         with self.log().open("w") as stream:
@@ -102,11 +102,11 @@ class Run:
             )  # fmt: skip
 
     def said(self) -> str:
-        """Return what the job that was started last has said."""
+        """Return the output so far of the job that was started last."""
         return Path(self.output[-1]).read_text()
 
     def require_told(self, *either: str) -> None:
-        """Check that the job that was hurt said so in one of these ways."""
+        """Check that the output of the job with the fault has one of these messages."""
         # ranks can outlive their torchrun for a moment
         deadline = time.monotonic() + SECONDS
         while not any(words in self.said() for words in either):
@@ -144,14 +144,14 @@ class Run:
         return json.loads(path.read_text())["step"] if path.exists() else 0
 
     def resumed_at(self) -> int:
-        """Return the step after which the job that was started last went on."""
+        """Return the step from which the job that was started last resumed."""
         for line in map(unstamped, self.said().splitlines()):
             if line.startswith("resuming after step "):
                 return int(line.split()[-1])
         return 0
 
     def wait_for(self, reached: Callable[[], bool]) -> None:
-        """Wait until something holds while the job is running."""
+        """Wait until a condition holds while the job is running."""
         assert self.process is not None
         deadline = time.monotonic() + SECONDS
         while not reached():
@@ -166,7 +166,7 @@ class Run:
         assert self.process is not None
         found = {}
         for pid in tiny_world.children(self.process.pid):
-            with suppress(OSError):  # it ended between listing and reading
+            with suppress(OSError):  # ended between listing and reading
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 if b"rft.train" in command and b"forkserver" not in command:
@@ -189,7 +189,7 @@ class Run:
         return [files.sha256_file(self.folder / which) for which in (SELECTED, LAST)]
 
     def leave_nothing_running(self) -> None:
-        """End what a failed try may have left."""
+        """Kill processes that a failed try may have left."""
         if self.process is not None:
             for pid in [*tiny_world.children(self.process.pid), self.process.pid]:
                 tiny_world.kill(pid)
@@ -198,7 +198,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one try came to."""
+    """The result of one try."""
 
     fault: str
     at_step: int
@@ -206,14 +206,14 @@ class Outcome:
     weights_differ: bool
     date: str
     said: str = ""
-    """The line in which the hurt job tells what happened; empty if it was killed."""
+    """The line in which the job reports the fault; empty if it was killed."""
 
 
 Random = np.random.Generator
 
 
 def to_random_step(run: Run, random: Random, last: int = STEPS // 2) -> None:
-    """Start the run and wait for a random moment of it."""
+    """Start the run and wait for a random moment."""
     run.start()
     reach_random_step(run, random, last)
 
@@ -233,7 +233,7 @@ def kill_rank(run: Run, random: Random) -> None:
 
 
 def kill_torchrun(run: Run, random: Random) -> None:
-    """SIGKILL to torchrun: its ranks are alone."""
+    """SIGKILL to torchrun, which orphans its ranks."""
     to_random_step(run, random)
     assert run.process is not None
     tiny_world.kill(run.process.pid)
@@ -244,7 +244,7 @@ def kill_loader(run: Run, random: Random) -> None:
     """SIGKILL to one loader process."""
     run.start()
     run.wait_for(lambda: run.step() >= 1)
-    # found now: one that is killed when it has read its last batch is not missed, and on a busy
+    # found in advance: the run must not notice a loader killed after its last batch, and on a busy
     # machine the search takes as long as the run
     loader = int(random.choice(run.loaders()))
     reach_random_step(run, random)
@@ -253,7 +253,7 @@ def kill_loader(run: Run, random: Random) -> None:
 
 
 def kill_all(run: Run, random: Random) -> None:
-    """SIGKILL to every process at once, as when a node goes."""
+    """SIGKILL to every process at once, like a node failure."""
     to_random_step(run, random)
     run.leave_nothing_running()
 
@@ -270,7 +270,7 @@ def signal_all(number: signal.Signals, run: Run, random: Random) -> None:
 
 
 def stop_file(run: Run, random: Random) -> None:
-    """Make the stop file, as launch/train.sbatch does."""
+    """Create the stop file, as launch/train.sbatch does."""
     to_random_step(run, random)
     stop = run.folder / "stop"
     stop.touch()
@@ -280,7 +280,7 @@ def stop_file(run: Run, random: Random) -> None:
 
 
 def full_disk(run: Run, random: Random) -> None:
-    """Fill the file system until a checkpoint fails; make room again."""
+    """Fill the file system until a checkpoint fails, then free space."""
     to_random_step(run, random)
     ballast = run.folder / "ballast"
     with suppress(OSError), ballast.open("wb", buffering=0) as stream:
@@ -307,7 +307,7 @@ def damage(how: str, run: Run, random: Random) -> None:
 
 
 def hang(run: Run, random: Random) -> None:
-    """SIGSTOP to one rank, which answers nothing from then on."""
+    """SIGSTOP to one rank, which stops responding."""
     to_random_step(run, random)
     rank = int(random.integers(run.ranks))
     pid = run.rank_processes()[rank]
@@ -318,10 +318,10 @@ def hang(run: Run, random: Random) -> None:
 
 
 def second_job(run: Run, random: Random) -> None:
-    """Start the same command while the run is going: the second must leave, the first go on."""
+    """Start the same command during the run: the second must exit, the first continue."""
     to_random_step(run, random, last=EVERY)
     assert run.process is not None
-    # the first job must not come to its end before the second has tried
+    # the first job must not end before the second has tried
     for pid in run.rank_processes():
         os.kill(pid, signal.SIGSTOP)
     second = dataclasses.replace(run, options=("--cluster.lock-wait", "0"), output=[])
@@ -385,7 +385,7 @@ FAULTS = KILLS | OTHERS
 
 
 class Bench:
-    """The tiny world, the undisturbed run and a folder to try in; a second one uses them too."""
+    """The tiny world, the undisturbed run and a working folder, reused by later faults."""
 
     def __init__(self, folder: Path, ranks: int = RANKS, kind: type[Run] = Run) -> None:
         self._folder, self._ranks, self._kind = folder, ranks, kind
@@ -401,7 +401,7 @@ class Bench:
         self._weights = calm.weights()
 
     def run(self, name: str) -> Run:
-        """Return a run that has not started."""
+        """Create a run that has not started."""
         return self._kind(self._folder / name, self.data, self.clip, self._ranks)
 
     def attempt(self, fault: str, random: Random) -> Outcome:
@@ -421,7 +421,7 @@ class Bench:
             reached, said, lost = run.step(), told(run.said()), 0
             if not run.finished:
                 run.finish()
-                # ranks whose torchrun is gone go on to their next step
+                # ranks whose torchrun is gone continue to their next step
                 lost = max(reached - run.resumed_at(), 0)
                 said = said or told(run.said())
             elif fault != "second job":
@@ -430,12 +430,12 @@ class Bench:
 
 
 def today() -> str:
-    """Return the date as results have it."""
+    """Format the date as in results."""
     return time.strftime("%Y-%m-%d")
 
 
 def told(text: str) -> str:
-    """Return the line in which a job tells why it ended."""
+    """Return the line in which a job reports why it ended."""
     for line in map(unstamped, text.splitlines()):
         if line.startswith(("error", "stopped after", "WARNING")):
             return line
@@ -443,24 +443,24 @@ def told(text: str) -> str:
 
 
 def unstamped(line: str) -> str:
-    """Return a log line without its time and rank; a level stays if it is not INFO."""
+    """Strip time and rank from a log line; a level other than INFO stays."""
     return re.sub(r"^[0-9-]{10} [0-9:]{8} \[[0-9]+\] (INFO: )?", "", line)
 
 
 def tries_of(arguments: Arguments) -> list[str]:
-    """Return the faults to try, in order."""
+    """List the faults to try, in order."""
     chosen = [name for name in FAULTS if not arguments.only or name in arguments.only]
     if unknown := set(arguments.only) - set(FAULTS):
         raise cli.unknown("fault", unknown.pop(), sorted(FAULTS))
     if arguments.tries is None and arguments.quick:
-        # every fault once, then again those that came first
+        # every fault once, then the first ones again
         return (chosen * 20)[:20]
     kills, others = (20, 3) if arguments.tries is None else (arguments.tries, arguments.tries)
     return [name for name in chosen for _ in range(kills if name in KILLS else others)]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return the faults, tries and lost work in Markdown."""
+    """Format the faults, tries and lost steps as Markdown."""
     lines = [
         "| fault | tries | lost steps, mean | lost steps, most | other weights at the end |",
         "| --- | --: | --: | --: | --: |",
@@ -476,7 +476,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """Return the numbers of the last line."""
+    """Compute the numbers of the last line."""
     return {
         "tries": len(outcomes),
         "lost_steps": sum(outcome.lost_steps for outcome in outcomes),
@@ -485,14 +485,14 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 
 def merged(before: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes with those before of other faults, in the table's order."""
+    """Merge the outcomes with earlier ones of other faults, in the table's order."""
     now = {outcome.fault for outcome in outcomes}
     kept = [outcome for outcome in before if outcome.fault not in now]
     return sorted([*kept, *outcomes], key=lambda outcome: list(FAULTS).index(outcome.fault))
 
 
 def save(outcomes: Sequence[Outcome]) -> None:
-    """Write the results, with those that are there of other faults on runs of the same kind."""
+    """Write the results, keeping saved ones of other faults on runs of the same kind."""
     path, kind = RESULTS / "faults.json", {"steps": STEPS, "every": EVERY, "ranks": RANKS}
     before = json.loads(path.read_text()) if path.exists() else {}
     if kind.items() <= before.items():
@@ -509,7 +509,7 @@ def save(outcomes: Sequence[Outcome]) -> None:
 
 
 def note(about: dict[str, object], outcomes: Sequence[Outcome]) -> str:
-    """Return what the table's numbers are of."""
+    """Describe what the table was measured on."""
     dates = sorted({outcome.date for outcome in outcomes})
     return (
         f"A run of {STEPS} steps on {RANKS} ranks (gloo, CPU), a checkpoint every {EVERY} steps, "
@@ -533,7 +533,7 @@ def main() -> None:
                 print(f"{number + 1}/{len(faults)} {fault}: not tried: {reason}", flush=True)
                 continue
             except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
-                # a try that went another way than it must is one with other weights
+                # a try with an unexpected outcome counts as different weights
                 outcome = Outcome(fault, 0, 0, True, today(), f"FAILED: {error}")
             outcomes.append(outcome)
             print(
@@ -543,7 +543,7 @@ def main() -> None:
                 f"{outcome.said.replace(folder, '')}",
                 flush=True,
             )
-            # a long run that is cut off keeps the faults that it has done with
+            # an interrupted benchmark keeps the faults that are done
             if arguments.save and faults[number + 1 : number + 2] != [fault]:
                 save(outcomes)
     print(table(outcomes))

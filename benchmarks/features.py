@@ -1,10 +1,10 @@
-"""What kept features save: `python -m benchmarks.features [--save]`.
+"""Savings by kept features: `python -m benchmarks.features [--save]`.
 
-Whole trainings by the command, on drawn images and random weights, without and with features, in
-turn. An epoch's seconds are those of its steps, waits for data included; selection and checkpoints
-are not part of them, as in a run's own images per second. The second number of an epoch has both,
-and on so few images the checkpoint is most of it. The last evaluation is that of one model on one
-set, twice. The last line is one JSON object.
+Complete trainings by the command, on generated images and random weights, with and without
+features, in turn. The time of an epoch is that of its steps, including waits for data; selection
+and checkpoints are excluded, as in a run's own images per second. A second number per epoch
+includes both, and with so few images it is mostly the checkpoint. Finally one model is evaluated on
+one set, twice. The last line is one JSON object.
 """
 
 import json
@@ -38,24 +38,24 @@ WAYS = {"without": ("--loader.features-gb", "0"), "kept": ()}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Time epochs of a linear probe and of no-mask, and an evaluation, with features and not."""
+    """Time linear-probe and no-mask epochs, and an evaluation, with and without features."""
 
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
     batch_size: int = 32
-    """Images in a step; a quarter of the held-out images."""
+    """Images per step; a quarter of the held-out images."""
     steps: int = 8
-    """Steps of an epoch."""
+    """Steps per epoch."""
     epochs: int = 4
-    """Epochs of a training; the first one fills the file."""
+    """Epochs per training; the first one writes the features."""
     rounds: int = 2
-    """Trainings of each recipe and way, in turn."""
+    """Trainings of each recipe and variant, in turn."""
     workers: int = 1
     """Loader processes."""
     work: Path = Path("build/features")
     """Folder for images, weights and runs."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class Epochs:
 
     steps: list[float]
     with_selection: list[float]
-    """And with the checkpoint that it waited for."""
+    """Including the checkpoint at its end."""
 
 
 def settings_of(arguments: Arguments) -> inputs.Settings:
-    """Describe the inputs: whole batches and the held-out images, so that none is left over."""
+    """Describe the inputs: complete batches plus the held-out images, so that no image remains."""
     return inputs.Settings(
         device="cpu",
         models=(arguments.model,),
@@ -84,7 +84,7 @@ def settings_of(arguments: Arguments) -> inputs.Settings:
 
 
 def train(arguments: Arguments, recipe: str, way: Sequence[str]) -> Epochs:
-    """Train once and read the run's own clock."""
+    """Train once and read the run's own timing."""
     settings = settings_of(arguments)
     run = arguments.work / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -114,13 +114,13 @@ def train(arguments: Arguments, recipe: str, way: Sequence[str]) -> Epochs:
             sum(spent[first : first + arguments.steps])
             for first in range(0, len(spent), arguments.steps)
         ],
-        # the first one's has the start of the command, and is left out
+        # the first one includes the start of the command and is left out
         with_selection=[b - a for a, b in zip(starts[1:-1], ends[1:], strict=True)],
     )
 
 
 def evaluations(arguments: Arguments) -> list[float]:
-    """Return the seconds of counting the whole set, twice with one folder of features."""
+    """Time the evaluation of the complete set, twice with one folder of features."""
     settings, size = settings_of(arguments), inputs.image_size(arguments.model)
     device = dist.pick_device("auto", step.WORLD)
     packed = PackedDataset(str(inputs.write_shards(settings, "pixels", size) / inputs.SET))
@@ -145,7 +145,7 @@ def evaluations(arguments: Arguments) -> list[float]:
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return everything that is saved."""
+    """Collect the document to save."""
     found: dict[str, dict[str, list[Epochs]]] = {
         recipe: {way: [] for way in WAYS} for recipe in RECIPES
     }
@@ -208,7 +208,7 @@ ROWS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a saved result as Markdown."""
+    """Format a saved result as Markdown."""
     lines = [
         f"{result['model']}, batches of {result['batch_size']}, epochs of {result['steps']} steps "
         f"on the {result['device']}; medians of {result['rounds']} trainings each way, in turn; "
@@ -222,7 +222,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and save if asked to."""
+    """Measure, print and, with --save, write the result."""
     arguments = cli.parse(Arguments, prog="benchmarks.features")
     result = measure(arguments)
     if arguments.save:

@@ -2,15 +2,15 @@
 
 Two measurements on photographs in the page cache (benchmarks/photos.py):
 
-    rates       images per second of CPU time, in one process that reads and does nothing else,
-                of each encoding, and with Pillow-SIMD where benchmarks.environments made it
+    rates       images per second of CPU time in one process that only reads, for each encoding, and
+                with Pillow-SIMD if benchmarks.environments installed it
     simulation  eight ranks on this machine, each with a loader process and a consumer that takes
-                batches at a fixed speed and sleeps as a host does while its GPU computes
+                batches at a fixed rate and sleeps, as a host does while its GPU computes
 
-The sizing table divides assumed rates of GPUs by those of a core: `GPU_RATES` are targets, because
-no GPU was measured. The simulation checks the division. Its consumers want `LOADS` times what the
-cores of this machine can feed by the rates; the table's claim is that they wait never below one,
-and above it for the share that is missing. The last line is one JSON object.
+The sizing table divides assumed rates of GPUs by the rate of a core: `GPU_RATES` are targets,
+because GPU rates have not been measured. The simulation checks the division. Its consumers demand
+`LOADS` times the rate that this machine's cores can feed. According to the table they never wait
+below 1, and above it for the missing share. The last line is one JSON object.
 """
 
 import itertools
@@ -39,12 +39,12 @@ RANKS = 8
 # of the cores' rate
 LOADS = (0.7, 1.5)
 GPUS = (1, 4, 8)
-# images/s of one GPU that a step is meant to reach: assumptions, no GPU was measured
+# target images/s per GPU: assumptions, not measured
 GPU_RATES = {"ViT-B-32": 5000.0, "ViT-B-16": 1335.0}
-BY_OPERATIONS = {"ViT-L-14": "ViT-B-16"}  # as fast as the other, by operations of the forward
+BY_OPERATIONS = {"ViT-L-14": "ViT-B-16"}  # derived from the other by operations of the forward
 ENCODINGS: tuple[Kind, ...] = ("pixels", "jpeg", "original")
 SIMD = "pillow-simd"
-# what is measured: an encoding, and the environment in which it is read
+# measured cases: an encoding, and the environment in which it is read
 COLUMNS: dict[str, tuple[Kind, str | None]] = {
     "pixels": ("pixels", None),
     "jpeg": ("jpeg", None),
@@ -59,17 +59,17 @@ class Arguments:
     """Measure rates per core, and check the sizing table by simulated ranks."""
 
     images: int = 1000
-    """Photographs to make, and to pack in each encoding."""
+    """Photographs to generate and to pack in each encoding."""
     rounds: int = 3
-    """Measurements of each encoding."""
+    """Measurements per encoding."""
     seconds: float = 3.0
-    """Length of one of them; a simulation is three times as long."""
+    """Seconds per measurement; a simulation takes three times as long."""
     batch_size: int = 120
-    """Images in a batch of a rank; a quarter for simulated ranks that decode whole photographs."""
+    """Images per batch and rank; a quarter for simulated ranks that decode complete photographs."""
     work: Path = Path("build/feeding")
-    """Folder for the photographs and what is packed of them."""
+    """Folder for the photographs and their packed sets."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.seconds <= 0:
@@ -112,7 +112,7 @@ class Rank:
 
 
 def measure_rates(arguments: Arguments, sets: dict[Kind, str]) -> dict[str, dict[str, Any]]:
-    """Measure what one core reads, in interleaved rounds; by name of the column."""
+    """Measure the read rate of one core, in interleaved rounds, by name of the column."""
     columns = {
         name: (kind, environment)
         for name, (kind, environment) in COLUMNS.items()
@@ -131,12 +131,12 @@ def measure_rates(arguments: Arguments, sets: dict[Kind, str]) -> dict[str, dict
 
 
 def rate(answer: Answer) -> float:
-    """Return images per second of CPU time, which other processes do not slow as they do a wall."""
+    """Return images per second of CPU time; wall time depends on other processes."""
     return answer.images / answer.cpu_seconds
 
 
 def summarise(answers: list[Answer]) -> dict[str, Any]:
-    """Return medians of some measurements of one encoding, with the lowest and highest rate."""
+    """Return the median of measurements of one encoding, with the lowest and highest rate."""
     rates = [rate(answer) for answer in answers]
     walls = [answer.images / answer.seconds for answer in answers]
     return {
@@ -151,7 +151,7 @@ def summarise(answers: list[Answer]) -> dict[str, Any]:
 def simulate(
     arguments: Arguments, sets: dict[Kind, str], rates: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Have ranks consume on each side of what the table calls fed."""
+    """Run ranks at loads below and above the limit of the table."""
     rows = []
     with ExitStack() as stack:
         ranks = [Rank(None, stack) for _ in range(RANKS)]
@@ -163,7 +163,7 @@ def simulate(
                         url=sets[kind],
                         rank=number,
                         ranks=RANKS,
-                        # some batches of each rank in the time that there is
+                        # some batches of each rank in the available time
                         batch_size=arguments.batch_size // (4 if kind == "original" else 1),
                         workers=1,
                         images_per_second=load * capacity / RANKS,
@@ -199,7 +199,7 @@ def forward_operations(model: str) -> int:
 
 
 def gpu_rates() -> dict[str, float]:
-    """Return images/s of one GPU for each model: targets, and what follows from one of them."""
+    """Return images/s of one GPU for each model: targets, and rates derived from one of them."""
     derived = {
         model: round(GPU_RATES[other] * forward_operations(other) / forward_operations(model))
         for model, other in BY_OPERATIONS.items()
@@ -208,8 +208,8 @@ def gpu_rates() -> dict[str, float]:
 
 
 def sizing(result: dict[str, Any]) -> str:
-    """Return the table of cores and bandwidth for a number of GPUs."""
-    # in the order of here: a saved result has that of the letters
+    """Compute the table of cores and bandwidth for a number of GPUs."""
+    # in the order of the code: a saved result is sorted alphabetically
     rates = {name: result["rates"][name] for name in COLUMNS if name in result["rates"]}
     each = {model: result["gpu_images_per_second"][model] for model in (*GPU_RATES, *BY_OPERATIONS)}
     lines = [
@@ -224,13 +224,13 @@ def sizing(result: dict[str, Any]) -> str:
 
 
 def need(wanted: float, column: dict[str, Any]) -> str:
-    """Return the cores and the bandwidth for so many images per second."""
+    """Compute the cores and the bandwidth for so many images per second."""
     cores = wanted / column["images_per_cpu_second"]
     return f"{cores:,.1f} cores, {wanted * column['bytes_per_image'] / 1e6:,.0f} MB/s"
 
 
 def page(result: dict[str, Any]) -> str:
-    """Return the page of a saved result."""
+    """Format a saved result as a page."""
     rates = "\n".join(
         f"| `{name}` | {row['images_per_cpu_second']:,.0f} ({row['lowest']:,.0f} to "
         f"{row['highest']:,.0f}) | {row['bytes_per_image'] / 1000:,.0f} |"

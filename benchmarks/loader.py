@@ -1,12 +1,12 @@
-"""How fast batches arrive: `python -m benchmarks.loader --save`.
+"""Rate of batches from the loader: `python -m benchmarks.loader --save`.
 
-rft's loader against a plain memcpy, against a bare decoding loop and against other loaders, on the
-same photographs (benchmarks/photos.py), all confined to the same few CPUs, with everything in the
-page cache. Every contender is a process of its own that is stopped while another is measured;
-rounds are interleaved, so a machine that is busy for a while slows all of them, and ratios are
-taken round by round. What each contender does is in benchmarks/contenders.py; no epoch ends inside
-a measurement. The peers need what `python -m benchmarks.environments` installs; one that is not
-there is left out, with the reason. The last line is one JSON object.
+Compares rft's loader with a plain memcpy, a bare decoding loop and other loaders, on the same
+photographs (benchmarks/photos.py), confined to the same few CPUs, with all data in the page cache.
+Every contender runs in its own process, which is stopped while another is measured. Rounds are
+interleaved, so that a temporarily busy machine slows all of them, and ratios are taken round by
+round. benchmarks/contenders.py describes the contenders; no epoch ends within a measurement. The
+peers need `python -m benchmarks.environments`; a missing one is omitted, with the reason. The last
+line is one JSON object.
 
     pixels_over_memcpy   rft on --encoding pixels / one thread copying as many random payloads
     pixels_over_npy_cls  rft on --encoding pixels / webdataset on the same arrays, npy + cls
@@ -34,8 +34,8 @@ from rft.packing import pack
 from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
-PARTING = 10.0  # seconds that a contender has to end by itself
-PATIENCE = 180.0  # seconds to wait for an answer: preparing a peer's format is the longest
+PARTING = 10.0  # seconds for a contender to end by itself
+PATIENCE = 180.0  # seconds to wait for an answer; preparing a peer's format takes longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +43,21 @@ class Arguments:
     """Compare loaders on one rank's share of a few CPUs."""
 
     images: int = 2000
-    """Photographs to make and read."""
+    """Photographs to generate and read."""
     cpus: int = 2
-    """CPUs all contenders are confined to, and loader processes of those that decode."""
+    """CPUs to which all contenders are confined, and loader processes of those that decode."""
     batch_size: int = 64
-    """Images in a batch."""
+    """Images per batch."""
     rounds: int = 5
-    """Measurements of each contender."""
+    """Measurements per contender."""
     seconds: float = 4.0
-    """Length of a measurement."""
+    """Seconds per measurement."""
     work: Path = Path("build/loader")
-    """Folder for the photographs and everything made of them."""
+    """Folder for the photographs and data derived from them."""
     quick: bool = False
-    """Only see that everything runs: 200 images, one round of a second."""
+    """Smoke test: 200 images, one round of a second."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         available = len(os.sched_getaffinity(0))
@@ -69,7 +69,7 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row of the table: so many processes of a contender, measured at the same time."""
+    """One row of the table: some processes of a contender, measured at the same time."""
 
     contender: str
     workers: int
@@ -79,7 +79,7 @@ class Run:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run gave: one figure a round, or the reason why there is none."""
+    """The result of a run: one figure per round, or the reason why none was measured."""
 
     images_per_second: list[float] = field(default_factory=list)
     cpus: list[float] = field(default_factory=list)
@@ -87,12 +87,12 @@ class Outcome:
     absent: str | None = None
 
     def median(self) -> float | None:
-        """Return the median rate in images a second, if there is one."""
+        """Return the median rate in images per second, if measured."""
         return statistics.median(self.images_per_second) if self.images_per_second else None
 
 
 def runs(cpus: int) -> dict[str, Run]:
-    """Return the rows of the table by name."""
+    """List the rows of the table by name."""
     return {
         "memcpy": Run(contender="memcpy", workers=0),
         "rft pixels, no worker": Run(contender="rft_pixels", workers=0),
@@ -113,18 +113,18 @@ def runs(cpus: int) -> dict[str, Run]:
 
 
 def prepare(arguments: Arguments) -> Path:
-    """Make the photographs, unless they are there, and pack them both ways; return the folder."""
+    """Generate the photographs, unless they exist, and pack them both ways; return the folder."""
     work = (arguments.work / f"{arguments.images}").resolve()
     labels = photos.write(work / "photos", arguments.images)
     for encoding in ("original", "pixels"):
-        shutil.rmtree(work / encoding, ignore_errors=True)  # what an older rft packed is not ours
+        shutil.rmtree(work / encoding, ignore_errors=True)  # never reuse older sets
         options = pack.Options(encoding=encoding, shard_mb=16, workers=arguments.cpus)
         pack.pack("imagenet-train", str(work / "photos"), str(work / encoding), labels, options)
     return work
 
 
 class Contender:
-    """A process that measures one pass each time it is asked."""
+    """A process that measures one pass per request."""
 
     def __init__(self, run: Run, work: Path, arguments: Arguments, log: Path) -> None:
         self._log = log
@@ -166,14 +166,14 @@ class Contender:
         ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
         line = self._process.stdout.readline() if ready else ""
         if line:
-            # loader processes that stay would go on filling their queues while others are measured
+            # remaining loader processes would keep filling their queues during other measurements
             machine.signal_session(self._process.pid, signal.SIGSTOP)
             return json.loads(line)
         said = self._log.read_text().strip().splitlines() or ["it ended without a word"]
         raise RuntimeError(said[-1] if ready else f"no answer in {PATIENCE:.0f} s: {said[-1]}")
 
     def stop(self) -> None:
-        """End the process, which may first give back what its peer shares, and those it started."""
+        """End the process and its children; it may first release what its peer shares."""
         machine.signal_session(self._process.pid, signal.SIGCONT)
         with suppress(subprocess.TimeoutExpired):
             self._process.communicate(timeout=PARTING)
@@ -193,7 +193,7 @@ def start(run: Run, work: Path, arguments: Arguments, stack: ExitStack) -> list[
 
 
 def measure(arguments: Arguments, work: Path) -> dict[str, Outcome]:
-    """Return what each run gave over all rounds; one that cannot run does not stop the others."""
+    """Measure each run over all rounds; one that cannot run does not stop the others."""
     table = runs(arguments.cpus)
     outcomes = {name: Outcome() for name in table}
     started: dict[str, list[Contender]] = {}
@@ -228,7 +228,7 @@ def measure(arguments: Arguments, work: Path) -> dict[str, Outcome]:
 
 
 def figures(outcomes: dict[str, Outcome], cpus: int) -> dict[str, ratios.Ratio | None]:
-    """Return the ratios that this benchmark is about; None where one side could not run."""
+    """Compute the ratios of this benchmark; None if one side could not run."""
 
     def best(*names: str) -> list[float]:
         found = max((outcomes[name] for name in names), key=lambda one: one.median() or 0.0)
@@ -247,7 +247,7 @@ def figures(outcomes: dict[str, Outcome], cpus: int) -> dict[str, ratios.Ratio |
 
 
 def row(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Return a run's line of the result."""
+    """Build a run's line of the result."""
     if outcome.absent is not None:
         return {"images_per_second": None, "reason": outcome.absent}
     rates = outcome.images_per_second

@@ -1,6 +1,6 @@
-"""What made a result, and signals to whole sessions of the processes that a benchmark started.
+"""Provenance of results, and signals to the sessions of processes that a benchmark started.
 
-`describe` is the one owner of what every file in benchmarks/results carries.
+`describe` defines the provenance of every file in benchmarks/results.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import torch
 from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
-CODE = ("*.py", "*.toml", "launch", "Makefile")  # of git's files, those that decide what runs
+CODE = ("*.py", "*.toml", "launch", "Makefile")  # of git's files, those that affect a run
 DATA_PLANE = ("rft/loading", "rft/packing", "rft/shards", "rft/storage")
 STEP = ("rft/clip", "rft/method", "rft/train")
 LIBC = ctypes.CDLL(None)
@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def describe(code: Sequence[str] = ("rft",)) -> dict[str, Any]:
-    """Return date, commit, packages and kind of machine; no host name.
+    """Return date, commit, packages and kind of machine, but no host name.
 
     `code` are the folders whose code is measured: results with one hash are of the same code,
     whatever else their commits changed.
@@ -49,7 +49,7 @@ def describe(code: Sequence[str] = ("rft",)) -> dict[str, Any]:
 
 
 def made(result: Mapping[str, Any]) -> str:
-    """Write what made a result: commit, day, processor and threads; for the line above its table.
+    """Format a result's provenance for the line above its table: commit, day, processor, threads.
 
     Files that are older than a field lack it.
     """
@@ -62,7 +62,7 @@ def made(result: Mapping[str, Any]) -> str:
 
 
 def together(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write what made each of the results that a page joins, by name, and whether they belong.
+    """Format the provenance of each result that a page joins, by name, and whether they match.
 
     Raises:
         ValueError: if they are of different processors, because a page is read as of one machine.
@@ -103,7 +103,7 @@ def session_processes(session: int) -> list[int]:
     """Return the ids of a session's living processes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended between listing and reading
+        with suppress(OSError):  # ended between listing and reading
             state, _, _, owner = stat.read_text().rsplit(") ", 1)[1].split()[:4]
             if int(owner) == session and state != "Z":
                 found.append(int(stat.parent.name))
@@ -125,7 +125,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def source_sha256(folders: Sequence[str] = ("rft", "benchmarks", "tests/gpu")) -> str:
-    """Hash the Python files below some folders; all are the code that benchmarks.gpu runs."""
+    """Hash the Python files below some folders; by default all code that benchmarks.gpu runs."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -142,7 +142,7 @@ def is_alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the processes that a process started, and theirs.
+    """Return the child processes of a process, recursively.
 
     Python's resource trackers are left out: they remove the shared memory of those that were
     killed, and end with them.
@@ -157,12 +157,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def die_with_parent() -> None:
-    """Have the system kill this process as soon as the one that started it is gone."""
+    """Make the system kill this process when its parent ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def signal_session(session: int, number: signal.Signals) -> None:
-    """Send a signal to every process of a session, those of other process groups too."""
+    """Send a signal to every process of a session, including other process groups."""
     for process in session_processes(session):
         with suppress(ProcessLookupError):
             os.kill(process, number)

@@ -1,27 +1,26 @@
-"""What many systems cost beside their own compute: `python -m benchmarks.many_systems [--save]`.
+"""Cost of many systems beside their own compute: `python -m benchmarks.many_systems [--save]`.
 
-WiSE-FT models between two ends, averaged in memory as `rft.evaluate --wise` does, see every test
-set of the miniature world in one pass. Asked is how much longer the pass is than the reading and
-decoding of one, the models' own compute aside. Own compute is what is done for each model and image
-whatever else there is: the logits, whether they are finite, and the scores of them (prediction,
-rank, probabilities).
+WiSE-FT models between two ends, averaged in memory as by `rft.evaluate --wise`, see every test set
+of the miniature world in one pass. The benchmark measures how much longer this pass takes than
+reading and decoding, excluding the models' own compute. Own compute is the unavoidable work per
+model and image: the logits, the check that they are finite, and their scores (prediction, rank,
+probabilities).
 
-- reading: every batch is read and decoded, and nothing else is done (`rft.loading.read`).
-- answered: `predict` with systems that compute no logits: each answers with random ones that are in
-  memory. So this is reading, scoring, collecting and everything else that is not a forward.
-- own: the same systems are called for the same batches, which are in memory, and their logits are
-  scored in as few calls as `predict` makes; nothing else is done.
-  (answered - own) / reading is the number that must stay below the bound. answered / reading is
-  saved beside it: the miniature's raw pixels are read faster than logits are scored in fp64, so it
-  is well above.
+- reading: every batch is only read and decoded (`rft.loading.read`).
+- answered: `predict` with systems that return random logits from memory. This includes reading,
+  scoring, collecting and everything else except the forwards.
+- own: the same systems are called for the same batches in memory, and their logits are scored in as
+  few calls as in `predict`.
+  (answered - own) / reading must stay below the bound. answered / reading is saved too: the
+  miniature's raw pixels are read faster than logits are scored in fp64, so it is well above.
 - whole: `predict` with the models themselves.
-- logits: the models' logits on the same batches, which are already in memory, and nothing else.
-  (whole - logits - own) / reading is the same number for real models. It is the difference of two
-  large times, so its range is wide: it is kept as a check, of fewer rounds.
+- logits: only the models' logits on the same batches in memory.
+  (whole - logits - own) / reading is the same number for real models. As the difference of two
+  large times it has a wide range, so it serves as a check with fewer rounds.
 
 All are sums over the sets, taken in turn in each round, without loader processes, which would hide
-reading behind compute. Loading, averaging and hashing the systems is timed apart: it is no part of
-a pass over the data. Weights are drawn at random. The last line is one JSON object.
+reading behind compute. Loading, averaging and hashing the systems is timed separately, because it
+is not part of a pass over the data. Weights are random. The last line is one JSON object.
 """
 
 import json
@@ -58,34 +57,34 @@ BOUND = 1.3
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Time one pass over many systems, less their own compute, and the reading alone."""
+    """Time one pass over many systems, less their own compute, and reading alone."""
 
     systems: int = 20
     """WiSE-FT models; 2 or more."""
     rounds: int = 15
-    """Times that reading, answers and own compute are timed, in turn."""
+    """Rounds of reading, answers and own compute, in turn."""
     whole_rounds: int = 2
-    """Of these, rounds that time whole passes and the models' logits too, which take minutes."""
+    """Rounds among these that also time complete passes and logits, which take minutes."""
     batch_size: int = 256
-    """Images that are read together."""
+    """Images per batch."""
     sets: tuple[str, ...] = TEST_SETS
     """Packed sets."""
     data: Path | None = None
-    """Their data root; the miniature world, made in the work folder, if not given."""
+    """Data root of the sets; by default the miniature world, created in the work folder."""
     clip: str = MINIATURE
-    """CLIP whose image tower the models have."""
+    """CLIP that provides the models' image tower."""
     work: Path = Path("build/many_systems")
     """Folder for the world and the two ends."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 class Answers(nn.Module):
-    """A system that computes nothing: it gives its logits of a set in the order of the images."""
+    """A system without compute: returns its stored logits of a set in the order of the images."""
 
     def __init__(self, logits_NK: Tensor):
         super().__init__()
-        # an iterator, because a module is slow to set a number of its own
+        # an iterator, because setting an integer attribute of a module is slow
         self.rows = iter(logits_NK.split(TOGETHER))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ class Answers(nn.Module):
 
 
 def load(arguments: Arguments, packed: PackedDataset) -> tuple[list[Classifier], float]:
-    """Write two ends, average the systems; return them and the seconds of that."""
+    """Write two ends and average the systems; return them and the seconds taken."""
     classes = packed.manifest.label_space
     architecture = architecture_of(arguments.clip)
     ends = []
@@ -113,12 +112,12 @@ def load(arguments: Arguments, packed: PackedDataset) -> tuple[list[Classifier],
 
 
 def device() -> torch.device:
-    """Return where the models compute."""
+    """Return the device on which the models compute."""
     return dist.pick_device("auto", WORLD)
 
 
 def batches_of(arguments: Arguments, packed: PackedDataset, size: int) -> list[Tensor]:
-    """Read a set; return its images as they are forwarded together, each (B, C, H, W)."""
+    """Read a set; return its images in batches as they are forwarded, each (B, C, H, W)."""
     return [
         part.clone()
         for batch in _read(arguments, packed, size)
@@ -127,7 +126,7 @@ def batches_of(arguments: Arguments, packed: PackedDataset, size: int) -> list[T
 
 
 def _read(arguments: Arguments, packed: PackedDataset, size: int) -> Any:
-    # made up to whole forwards, as `predict` does
+    # padded to complete forwards, as in `predict`
     whole = math.ceil(arguments.batch_size / TOGETHER) * TOGETHER
     samples = torch.arange(len(packed)).numpy()
     batches = EvaluationBatches(packed, samples, image_size=size, batch_size=whole)
@@ -158,7 +157,7 @@ def _wait() -> None:
 def measure_set(
     arguments: Arguments, packed: PackedDataset, models: Sequence[Classifier]
 ) -> Callable[[int], Mapping[str, float]]:
-    """Prepare a set; return what measures a round of it by its number: seconds by part."""
+    """Prepare a set; return a function that measures one round of it: seconds by part."""
     size = models[0].architecture.image_size
     batches = batches_of(arguments, packed, size)
     class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device())
@@ -203,7 +202,7 @@ def measure_set(
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return everything that is saved."""
+    """Collect the document to save."""
     if arguments.data is None:
         prepare_data(arguments.work)
     root = arguments.data or shards(arguments.work)
@@ -239,7 +238,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and save if asked to."""
+    """Measure, print and, with --save, write the result."""
     arguments = cli.parse(Arguments, prog="benchmarks.many_systems")
     result = measure(arguments)
     if arguments.save:

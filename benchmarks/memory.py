@@ -1,13 +1,13 @@
-"""Is the memory that `--dry-run` prints what a step takes? `python -m benchmarks.memory`.
+"""Accuracy of the memory that `--dry-run` prints: `python -m benchmarks.memory`.
 
 For each recipe and precision:
   counted   the dry run's figure for --batch-size images on one rank;
-and of the main recipe:
-  line      the dry run's figure for a number of ranks that lies on a line (rft/train/memory.py),
-            over what torch's tracker counts there; the number in the middle of the table;
-  real      the dry run's figure for few images, over the peak resident memory of their real step
-            on this CPU, in a process of its own, by the system's account, which knows nothing of
-            the tracker; and the same for what one more image adds.
+and for the main recipe:
+  line      the dry run's figure for a number of ranks that is interpolated (rft/train/memory.py),
+            over the count of torch's tracker there, in the middle of the table;
+  real      the dry run's figure for few images, over the peak resident memory of the real step on
+            this CPU, in its own process, as reported by the system independently of the tracker;
+            and the same for the memory of one more image.
 benchmarks.gpu compares the figure with a GPU's allocator. The last line is one JSON object.
 """
 
@@ -40,17 +40,17 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare the dry run's memory with what torch's tracker counts and a real step takes."""
+    """Compare the dry run's memory with torch's tracker and with real steps."""
 
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
     batch_size: int = 512
     few: tuple[int, int] = (4, 12)
-    """Images of the two real steps, whose difference is the memory of an image."""
+    """Images of the two real steps, whose difference gives the memory per image."""
     real: tuple[Precision, ...] = ("fp32",)
-    """Precisions in which real steps are measured."""
+    """Precisions of the real steps."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 class Case(NamedTuple):
@@ -62,7 +62,7 @@ class Case(NamedTuple):
     precision: Precision
 
     def job(self, student: Classifier, images: int) -> Job:
-        """Build the job of so many images per step."""
+        """Build the job of a step with so many images."""
         recompute = CASES[self.name]
         arguments = step.Arguments(model=self.model, batch_size=images, recompute=recompute)
         name = recipes.DEFAULT if recompute else self.name
@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 
 def real_bytes(case: Case, images: int) -> int:
-    """Measure the peak resident memory of a real step, with weights and AdamW's state."""
+    """Measure the peak resident memory of a real step, including weights and AdamW's state."""
     job = case.job(step.build_classifier(case.model, 1000), images)
     if case.precision == "bf16":
         memory.norms_as_on_a_gpu(job.objective)
@@ -85,7 +85,7 @@ def real_bytes(case: Case, images: int) -> int:
     optimizer.zero_grad()
     state = sum(value.nbytes for found in optimizer.state.values() for value in found.values())
     there = memory.module_bytes(job.objective) + state + batch.images_BCHW.nbytes
-    # the peak of building the model does not count
+    # exclude the peak of building the model
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     accumulate_gradients(job, job.objective, batch, step=0)
@@ -94,13 +94,13 @@ def real_bytes(case: Case, images: int) -> int:
 
 
 def in_own_process(case: Case, images: int) -> int:
-    """Measure a real step in a process of its own.
+    """Measure a real step in its own process.
 
     Raises:
         ValueError: if the process failed.
     """
     command = [sys.executable, "-m", "benchmarks.memory", "child", *case, str(images)]
-    # memory that is given back at once, and no spare arenas: the peak is what was needed
+    # return freed memory at once and use no spare arenas, so that the peak is the memory in use
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -109,9 +109,9 @@ def in_own_process(case: Case, images: int) -> int:
 
 
 def measure_case(case: Case, student: Classifier, arguments: Arguments) -> dict[str, Any]:
-    """Return a row of the result."""
+    """Measure a row of the result."""
     job = case.job(student, arguments.batch_size)
-    # one recipe shows it: the line is drawn in the same way for all, and tests/train/test_memory.py
+    # one recipe suffices: the interpolation is the same for all, and tests/train/test_memory.py
     # compares every recipe's step with a small model's real one
     shows = case.name == recipes.DEFAULT
     ranks = possible_ranks(job.config, 1) if shows else [1]

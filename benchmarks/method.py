@@ -1,9 +1,8 @@
-"""The pages of the method's cost: `python -m benchmarks.method` writes method.md and counted.md.
+"""Pages on the method's cost: `python -m benchmarks.method` writes method.md and counted.md.
 
-method.md is made of what benchmarks.step and benchmarks.cam_memory saved, with a row for every case
-that the table wants and a word where one was not measured; counted.md of what was counted on
-tensors without values, by benchmarks.memory and benchmarks.cam_share. benchmarks.gpu writes a GPU's
-page.
+method.md is built from saved results of benchmarks.step and benchmarks.cam_memory, with a row for
+every case of the table, marked if it was not measured. counted.md has counts on tensors without
+values, by benchmarks.memory and benchmarks.cam_share. benchmarks.gpu writes a GPU's page.
 """
 
 from pathlib import Path
@@ -40,7 +39,7 @@ MEMORY = ("memory_ViT-B-32_cpu", "memory_ViT-B-16_cpu", "memory_ViT-L-14_cpu")
 
 
 def step_row(result: dict[str, Any] | None) -> list[str]:
-    """Return the cells of one saved result of the step."""
+    """Format the cells of one saved result of the step."""
     if result is None:
         return [NOT_MEASURED, *[""] * (len(RATES) + len(RATIOS) + 1)]
     rates = result["images_per_second"]
@@ -53,13 +52,13 @@ def step_row(result: dict[str, Any] | None) -> list[str]:
 
 
 def phase_lines(result: dict[str, Any]) -> str:
-    """Return the shares of a step's phases as one sentence."""
+    """Format the shares of a step's phases as one sentence."""
     shares = sorted(result["phase_share"].items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {share:.1%}" for name, share in shares)
 
 
 def alternatives(result: dict[str, Any]) -> str:
-    """Return what was measured of the choices that rft made, as ratios."""
+    """Format the measured ratios of rft's design choices."""
     words = {
         "adamw": "AdamW by single operations / fused",
         "patches_conv": "patch embedding by convolution / matrix product",
@@ -70,14 +69,14 @@ def alternatives(result: dict[str, Any]) -> str:
 
 
 def cam_row(result: dict[str, Any], case: str) -> list[str]:
-    """Return the cells of one case of the CAM's memory."""
+    """Format the cells of one case of the CAM's memory."""
     whole = result["bytes"][case]
     fits = f"{whole / 1e9:.1f} GB" if whole else f"not in {result['limit_bytes'] / 1e9:.0f} GB"
     return [f"{result['bytes_per_image'][case] / 1e6:.0f} MB", fits]
 
 
 def memory_row(row: dict[str, Any]) -> list[str]:
-    """Return the cells of one case of the dry run's memory."""
+    """Format the cells of one case of the dry run's memory."""
     line, real = row["line"], row["real"]
     compared = [NOT_MEASURED, ""]
     if real:
@@ -96,7 +95,7 @@ def memory_row(row: dict[str, Any]) -> list[str]:
 
 
 def share_table(result: dict[str, Any]) -> str:
-    """Return the table of the CAM's counted share, with what it assumes."""
+    """Format the table of the CAM's counted share, with its assumptions."""
     header = ["CAM / whole step, bf16, counted", "operations", "memory traffic", "time, estimated"]
     header += ["of it the maps", "the backward pass"]
     rows = []
@@ -118,13 +117,13 @@ def share_table(result: dict[str, Any]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table, all columns but the first of numbers."""
+    """Format a Markdown table whose columns after the first are numbers."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def text() -> str:
-    """Return the page for what benchmarks/results holds.
+    """Build the page from benchmarks/results.
 
     Raises:
         ValueError: if the results are of different machines.
@@ -163,7 +162,7 @@ def text() -> str:
 
 
 def counted() -> str:
-    """Return the page of what was counted and not timed."""
+    """Build the page of counts."""
     parts = []
     if found := [result for name in MEMORY if (result := load(name))]:
         header = [f"`--dry-run`, {found[0]['rows'][0]['images']} images on one rank", "its figure"]
@@ -176,7 +175,7 @@ def counted() -> str:
 
 
 def load(name: str) -> dict[str, Any] | None:
-    """Return a saved result, or None if there is none."""
+    """Load a saved result, or None if there is none."""
     path = RESULTS / f"{name}.json"
     return files.read_json(str(path)) if path.is_file() else None
 

@@ -1,7 +1,7 @@
-"""One rank that takes batches at a given speed: the child process of `benchmarks.feeding`.
+"""One rank that takes batches at a given rate: the child process of `benchmarks.feeding`.
 
-It reads lines of JSON (`Request`), takes batches for so long, and writes a line of JSON (`Answer`)
-for each, until its input ends.
+It reads lines of JSON (`Request`), takes batches for the requested time, and writes a line of JSON
+(`Answer`) for each, until its input ends.
 """
 
 import contextlib
@@ -24,40 +24,40 @@ from rft.loading.order import Plan
 from rft.loading.read import BATCHES_AHEAD, read_batches
 
 SIZE = 224
-ENDLESS = range(10**7)  # batches; no measurement gets there
+ENDLESS = range(10**7)  # batches; more than any measurement needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to read, and how fast."""
+    """The set to read, and the rate."""
 
     url: str
     rank: int = 0
     ranks: int = 1
     batch_size: int
-    """Images of this rank in a batch."""
+    """Images per batch of this rank."""
     workers: int = 0
     images_per_second: float = 0.0
-    """What the consumer computes; 0 takes batches as fast as they come."""
+    """Images per second that the consumer computes; 0 takes batches as fast as they come."""
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one request gave."""
+    """The result of one request."""
 
     images: int
     seconds: float
     waited: float
     """Seconds in which the consumer had no batch."""
     cpu_seconds: float
-    """Of this process and of its loader processes."""
+    """CPU seconds of this process and its loader processes."""
     bytes: int
     """Payload of the images."""
 
 
 def training_batches(url: str, batch_size: int, rank: int = 0, ranks: int = 1) -> TrainingBatches:
-    """Plan a whole packed set, for batches of so many images on each rank."""
+    """Plan a complete packed set, for batches of so many images on each rank."""
     packed = PackedDataset(url)
     samples = np.arange(len(packed))
     sizes = packed.shard_sizes(samples)
@@ -66,7 +66,7 @@ def training_batches(url: str, batch_size: int, rank: int = 0, ranks: int = 1) -
 
 
 def take(request: Request) -> Answer:
-    """Read at the speed of `request`; batches made before the consumer begins are not counted."""
+    """Read at the rate of `request`; batches made before the consumer starts are not counted."""
     batches = training_batches(request.url, request.batch_size, request.rank, request.ranks)
     pause = request.batch_size / request.images_per_second if request.images_per_second else 0.0
     images = payload = 0
@@ -83,7 +83,7 @@ def take(request: Request) -> Answer:
             waited += time.perf_counter() - now
             images += len(batch.labels_B)
             payload += batch.reading.bytes
-            # the host sleeps while a GPU computes
+            # the host sleeps while the GPU computes
             time.sleep(pause)
             now = time.perf_counter()
         busy = own_cpu_seconds() + loader_cpu_seconds() - busy
@@ -99,7 +99,7 @@ def own_cpu_seconds() -> float:
 
 
 def loader_cpu_seconds() -> float:
-    """Sum the CPU time of the living processes that this one started, and theirs."""
+    """Sum the CPU time of this process's living children, recursively."""
     ticks = 0
     for pid in machine.descendants(os.getpid()):
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
@@ -108,7 +108,7 @@ def loader_cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Serve requests; whatever libraries print goes to stderr."""
+    """Serve requests; libraries' output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # as in training, where the ranks of a node share its cores

@@ -1,13 +1,14 @@
-"""How fast images are packed: `python -m benchmarks.pack --save`.
+"""Packing speed: `python -m benchmarks.pack --save`.
 
-The same number of processes packs the photographs (benchmarks/photos.py), each its own task of a
-job array as on a cluster, and does the least that anyone could do instead: copies the files, or
-decodes and crops (and compresses) them in memory. The sources are in the page cache, rounds are
+A fixed number of processes packs the photographs (benchmarks/photos.py), each its own task of a job
+array as on a cluster. For comparison, as many processes do only the necessary work: copy the files,
+or decode and crop (and compress) them in memory. The sources are in the page cache, rounds are
 interleaved, ratios are taken round by round, and the last line is one JSON object. Copying without
-a wait for the disk is not compared: when the system decides to write moved it by a factor of three.
+waiting for the disk is not compared: its time varied by a factor of three, depending on when the
+system wrote.
 
     original_over_copy_synced  packing --encoding original / shutil.copyfile of the same files and
-                               a wait for the disk, as packing has it
+                               a wait for the disk, as in packing
     pixels_over_bare           packing --encoding pixels / processes x one that decodes and crops
     jpeg_over_bare             packing --encoding jpeg / processes x one that also compresses
 """
@@ -39,9 +40,9 @@ from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 ENCODINGS: tuple[Kind, ...] = ("original", "jpeg", "pixels")
-ALONE = ("crop", "compress")  # done by one process, on its share
+ALONE = ("crop", "compress")  # by one process, on its share
 SHARDS_PER_PROCESS = 8
-# what is measured, in words
+# descriptions of the measured work
 WORK = {
     "copy_synced": "copy the files and have them on the disk, as packed shards are",
     "original": "pack `original`",
@@ -57,17 +58,17 @@ class Arguments:
     """Compare packing with copying and with bare decoding."""
 
     images: int = 2000
-    """Photographs to make and pack."""
+    """Photographs to generate and pack."""
     processes: int = 2
-    """Processes on either side, and CPUs they are confined to."""
+    """Processes on either side, and CPUs to which they are confined."""
     rounds: int = 5
-    """Times everything is done, after one that is not timed."""
+    """Rounds, after one warm-up."""
     work: Path = Path("build/pack")
-    """Folder for the photographs and for what is written and deleted again."""
+    """Folder for the photographs and temporary output."""
     quick: bool = False
-    """Only see that everything runs: 200 images, one round."""
+    """Smoke test: 200 images, one round."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         available = len(os.sched_getaffinity(0))
@@ -91,12 +92,12 @@ class Part:
     shard_mb: float
 
     def paths(self) -> list[Path]:
-        """Return the photographs of this share."""
+        """List the photographs of this share."""
         return sorted((self.source / "train").glob("*/*.JPEG"))[self.number :: self.parts]
 
 
 def pack_part(part: Part, encoding: Kind) -> None:
-    """Pack one task of the array; the one that ends last writes the manifest."""
+    """Pack one task of the array; the last one to end writes the manifest."""
     options = Options(
         encoding=encoding,
         workers=1,
@@ -108,7 +109,7 @@ def pack_part(part: Part, encoding: Kind) -> None:
 
 
 def copy_part(part: Part) -> None:
-    """Copy the share's files, as they lie, to another folder and wait until the disk has them."""
+    """Copy the share's files unchanged to a different folder and wait for the disk."""
     for path in part.paths():
         target = part.out / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,19 +118,19 @@ def copy_part(part: Part) -> None:
 
 
 def crop_part(part: Part) -> None:
-    """Decode and crop the share's files and drop the result."""
+    """Decode and crop the share's files and discard the result."""
     for path in part.paths():
         np.ascontiguousarray(bare_crop(path.read_bytes()))
 
 
 def compress_part(part: Part) -> None:
-    """Decode, crop and compress the share's files as --encoding jpeg does and drop the result."""
+    """Decode, crop and compress the share's files like --encoding jpeg; discard the result."""
     for path in part.paths():
         compress(bare_crop(path.read_bytes()))
 
 
 def compress(crop_CHW: np.ndarray) -> bytes:
-    """Return a square as a JPEG with nothing around Pillow."""
+    """Compress a square as JPEG with plain Pillow."""
     stream = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(crop_CHW.transpose(1, 2, 0)))
     image.save(stream, "JPEG", quality=Options().quality, subsampling=SUBSAMPLING)
@@ -137,7 +138,7 @@ def compress(crop_CHW: np.ndarray) -> bytes:
 
 
 def parts(arguments: Arguments, labels: LabelSpace, encoding: str) -> list[Part]:
-    """Return the shares of all processes, with shards small enough to share them out evenly."""
+    """List the shares of all processes, with shards small enough to distribute evenly."""
     source, count = photographs(arguments), arguments.processes
     sizes = [path.stat().st_size for path in (source / "train").glob("*/*.JPEG")]
     sample = {"original": sum(sizes) / len(sizes), "jpeg": 224 * 224, "pixels": 3 * 224 * 224}
@@ -159,7 +160,7 @@ def photographs(arguments: Arguments) -> Path:
 
 
 def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
-    """Return the seconds that each kind of work took in every round."""
+    """Time each kind of work in every round."""
     todo: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[Part]]] = {
         "copy_synced": (copy_part, (), parts(arguments, labels, "copy")),
         "crop": (crop_part, (), parts(arguments, labels, "crop")[:1]),
@@ -168,13 +169,13 @@ def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
     for encoding in ENCODINGS:
         todo[encoding] = (pack_part, (encoding,), parts(arguments, labels, encoding))
     seconds: dict[str, list[float]] = {name: [] for name in todo}
-    # spawned, and kept, so that no round pays for starting Python
+    # spawned once and kept, so that no round pays for starting Python
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         for number in range(arguments.rounds + 1):
             for name, (work, options, shares) in todo.items():
                 shutil.rmtree(shares[0].out, ignore_errors=True)
-                os.sync()  # what one wrote must not be on its way to the disk while another writes
+                os.sync()  # one's data must not still be on its way to the disk
                 started = time.perf_counter()
                 for done in [pool.submit(work, share, *options) for share in shares]:
                     done.result()
@@ -185,7 +186,7 @@ def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
 
 
 def row(name: str, seconds: list[float], arguments: Arguments, mib: float) -> dict[str, Any]:
-    """Return a kind of work's line of the result; `mib` is the weight of all sources."""
+    """Build the line of the result for a kind of work; `mib` is the size of all sources."""
     processes = 1 if name in ALONE else arguments.processes
     images = arguments.images * processes / arguments.processes
     median = images / statistics.median(seconds)
@@ -199,7 +200,7 @@ def row(name: str, seconds: list[float], arguments: Arguments, mib: float) -> di
 
 
 def figures(seconds: dict[str, list[float]]) -> dict[str, ratios.Ratio | None]:
-    """Return the ratios that this benchmark is about, from the seconds of every round.
+    """Compute the ratios of this benchmark from the seconds of every round.
 
     Of `crop` and `compress` a process does its own share, so their seconds are those of all.
     """

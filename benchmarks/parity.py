@@ -6,7 +6,7 @@ variable that it names holds a checkout of the released code:
     git clone https://github.com/GT-RIPL/FTP /tmp/FTP
     RFT_PEER_FTP=/tmp/FTP python -m benchmarks.parity --save
 
-Of methods without a checkout, --save keeps the earlier result. The last line is one JSON object.
+For methods without a checkout, --save keeps the earlier result. The last line is one JSON object.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from benchmarks import machine, parities
 from rft import cli
 from rft.storage import files
 
-TOLERANCE = 1e-5  # of the largest number of a tensor, both sides in fp32
+TOLERANCE = 1e-5  # relative to the largest number of a tensor, both sides in fp32
 RESULTS = Path(__file__).parent / "results"
 RESULT = RESULTS / "parity.json"
 PAGE = RESULTS / "parity.md"
@@ -36,19 +36,19 @@ class Parity(Protocol):
     REPOSITORY: str
     """Of the released code, `owner/name`."""
     VARIABLE: str
-    """Of the environment; its value is the folder of a checkout of that code."""
+    """Environment variable; its value is the folder of a checkout of that code."""
 
     def measure(self, checkout: Path) -> dict[str, float]:
-        """Return the relative difference |ours - theirs| / max |theirs| of all that is compared."""
+        """Return the relative differences |ours - theirs| / max |theirs|, by compared quantity."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare with every released code that an environment variable gives a checkout of."""
+    """Compare with every released code whose environment variable is set."""
 
     save: bool = False
-    """Write benchmarks/results/parity.json and parity.md as well."""
+    """Also write benchmarks/results/parity.json and parity.md."""
 
 
 def methods() -> dict[str, Parity]:
@@ -59,7 +59,7 @@ def methods() -> dict[str, Parity]:
 
 
 def checkout(method: Parity) -> Path | None:
-    """Return the checkout of a method's released code, None where its variable is not set.
+    """Return the checkout of a method's released code; None if its variable is not set.
 
     Raises:
         ValueError: if the variable names no folder.
@@ -77,13 +77,13 @@ def checkout(method: Parity) -> Path | None:
 
 
 def absence(method: Parity) -> str:
-    """Write why a method without a checkout is not compared."""
+    """Print why a method without a checkout is not compared."""
     return f"{method.VARIABLE} is not set to a checkout of github.com/{method.REPOSITORY}"
 
 
 def peer_commit(folder: Path) -> str:
-    """Return the commit of a checkout; `not recorded` for a folder that is not git's."""
-    # --git-dir: a folder inside another repository would answer with the commit of that one
+    """Return the commit of a checkout; `not recorded` for a folder that is not a git repository."""
+    # --git-dir: otherwise an enclosing repository would answer
     command = ["git", "--git-dir", str(folder / ".git"), "rev-parse", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else "not recorded"
@@ -99,17 +99,17 @@ def compare(method: Parity, folder: Path) -> dict[str, Any]:
 
 
 def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Add the earlier results of what was not measured now."""
+    """Add earlier results of methods that were not measured now."""
     return {**document, "parities": {**earlier["parities"], **document["parities"]}}
 
 
 def beyond(document: dict[str, Any]) -> list[str]:
-    """List every comparison whose difference is not within the tolerance."""
+    """List every comparison whose difference exceeds the tolerance."""
     return [
         f"{method}, {name}: {difference:.1e}"
         for method, found in sorted(document["parities"].items())
         for name, difference in sorted(found["differences"].items())
-        # a NaN is not within it
+        # a NaN fails this comparison
         if not difference <= document["tolerance"]
     ]
 
@@ -139,14 +139,14 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="benchmarks.parity")
     about = {"benchmark": "parity", **machine.describe(machine.STEP), "tolerance": TOLERANCE}
     known = methods()
-    # all variables before the first comparison: a wrong one stops it at once
+    # all variables before the first comparison, so that a wrong one fails early
     folders = {name: checkout(method) for name, method in known.items()}
     measured = {}
     for name, folder in folders.items():
         if folder is None:
             print(f"{name}: not measured, {absence(known[name])}")
             continue
-        # each has its own: earlier results stay beside new ones
+        # each has its own provenance: earlier results stay beside new ones
         made = {"date": about["date"], "commit": about["commit"], "torch": torch.__version__}
         measured[name] = {**compare(known[name], folder), **made}
     document = {**about, "parities": measured}

@@ -1,12 +1,12 @@
-"""Photographs to measure on: `python -m benchmarks.photos --out build/photos --images 2000`.
+"""Photographs for benchmarks: `python -m benchmarks.photos --out build/photos --images 2000`.
 
-There is no network and no ImageNet where a benchmark must run, so the images are cut from the three
-photographs that ship inside scikit-learn and matplotlib (a temple, a flower, a portrait). Every
-image is a different crop, mirrored or not, with its own brightness and colour, under film grain,
-saved as a JPEG whose quality is chosen so that it weighs 80 to 110 KB at about 500 x 375: what an
-average ImageNet file is, and what decides the cost of reading and decoding one. Image n is a
-function of n, so the same number of images is the same set of files. The layout is ImageNet's
-training folder (train/<wnid>/*.JPEG) with ten classes, so rft's own tools pack it.
+Benchmarks must run without a network and without ImageNet, so the images are cut from the three
+photographs that ship with scikit-learn and matplotlib (a temple, a flower, a portrait). Every image
+is a different crop, mirrored or not, with its own brightness and colour, film grain, and a JPEG
+quality chosen so that it has 80 to 110 KB at about 500 x 375. That is the size of an average
+ImageNet file, and determines the cost of reading and decoding one. Image n is a function of n, so
+an equal number of images gives equal files. The layout is ImageNet's training folder
+(train/<wnid>/*.JPEG) with ten classes, so rft's own tools pack it.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from rft.storage import files
 
 CLASSES = 10
 SIDES = (500, 375)
-LIGHTEST, HEAVIEST = 80_000, 110_000  # bytes of a file
+LIGHTEST, HEAVIEST = 80_000, 110_000  # bytes per file
 QUALITIES = range(60, 101)
-GRAIN = 5.0  # standard deviation in grey levels; without it a flower needs quality 100
+GRAIN = 5.0  # standard deviation in grey levels; without it the flower needs quality 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class Arguments:
 
 
 def label_space() -> LabelSpace:
-    """Return the classes of the photographs: the first ten of ImageNet."""
+    """List the classes of the photographs: the first ten of ImageNet."""
     imagenet = LabelSpace.imagenet()
     return dataclasses.replace(imagenet, ids=imagenet.ids[:CLASSES], names=imagenet.names[:CLASSES])
 
 
 def originals() -> list[Image.Image]:
-    """Return the photographs that scikit-learn and matplotlib carry, RGB."""
+    """Load the photographs of scikit-learn and matplotlib, RGB."""
     shipped = Path(str(importlib.resources.files("sklearn"))) / "datasets" / "images"
     sample_data = Path(matplotlib.get_data_path()) / "sample_data"
     paths = (shipped / "china.jpg", shipped / "flower.jpg", sample_data / "grace_hopper.jpg")
@@ -61,7 +61,7 @@ def originals() -> list[Image.Image]:
 
 
 def make(number: int, sources: list[Image.Image]) -> bytes:
-    """Return the JPEG of image `number`, 80 to 110 KB; one in five stands upright."""
+    """Generate the JPEG of image `number`, 80 to 110 KB; one in five is upright."""
     rng = numpy_generator("photos", number)
     source = sources[rng.integers(len(sources))]
     width, height = SIDES if rng.integers(5) else SIDES[::-1]
@@ -79,7 +79,7 @@ def make(number: int, sources: list[Image.Image]) -> bytes:
 
 
 def compress(image: Image.Image) -> bytes:
-    """Return a JPEG of 80 to 110 KB, found by bisection over the quality."""
+    """Compress to a JPEG of 80 to 110 KB, by bisection over the quality."""
     low, high = QUALITIES.start, QUALITIES.stop
     while low < high:
         quality = (low + high) // 2
@@ -93,7 +93,7 @@ def compress(image: Image.Image) -> bytes:
 
 
 def write(out: Path, images: int) -> LabelSpace:
-    """Write so many photographs below `out`, unless they are there; return their classes.
+    """Write so many photographs below `out`, unless they exist; return their classes.
 
     Raises:
         ValueError: if `images` is too small for the classes, or `out` has another number of them.
@@ -112,13 +112,13 @@ def write(out: Path, images: int) -> LabelSpace:
         path = out / "train" / wnid / f"{wnid}_{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(make(number, sources))
-    # last: a folder without it is written again
+    # last, because a folder without it is rewritten
     files.write_json(str(listing), dataclasses.asdict(labels))
     return labels
 
 
 def pack_as(encodings: Sequence[Kind], work: Path, images: int) -> dict[Kind, str]:
-    """Write photographs below `work` unless they are there; return the sets packed of them anew."""
+    """Write photographs below `work` unless they exist; pack them again and return the sets."""
     labels, sets = write(work / "photos", images), {}
     for encoding in encodings:
         out = work / encoding
@@ -130,7 +130,7 @@ def pack_as(encodings: Sequence[Kind], work: Path, images: int) -> dict[Kind, st
 
 
 def main() -> None:
-    """Write the photographs and say what they weigh."""
+    """Write the photographs and print their size."""
     arguments = cli.parse(Arguments, prog="benchmarks.photos")
     write(arguments.out, arguments.images)
     sizes = [path.stat().st_size for path in (arguments.out / "train").glob("*/*.JPEG")]

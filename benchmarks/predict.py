@@ -1,17 +1,17 @@
-"""Is a prediction as fast as an evaluation? `python -m benchmarks.predict [--save]`.
+"""Speed of prediction relative to evaluation: `python -m benchmarks.predict [--save]`.
 
-The same photographs (benchmarks/photos.py) as JPEG files and as a packed set of these files are
-predicted by the same model in turn:
+The same model predicts the same photographs (benchmarks/photos.py), as JPEG files and as a packed
+set of these files, in turn:
 
-- predict: what `rft predict` does for each image but print (`rft.predict.images.read_squares`,
-  `Model.forward`, `Model.predictions`), threads decoding ahead.
-- evaluate: what `rft.evaluate` does (`rft.evaluate.count.predict`), one loader process for each
-  core decoding ahead.
+- predict: the work of `rft predict` except printing (`rft.predict.images.read_squares`,
+  `Model.forward`, `Model.predictions`), with threads that decode ahead.
+- evaluate: the work of `rft.evaluate` (`rft.evaluate.count.predict`), with one loader process per
+  core that decodes ahead.
 
-Seconds are of the whole pass, and of the same on the first images alone. The first ratio is of
-whole passes, in which an evaluation starts loader processes. The second is of what the other images
-add: predict / evaluate there is the number that must stay near 1. Weights are drawn at random. The
-last line is one JSON object.
+Times are those of the complete pass, and of the first images alone. The first ratio is that of
+complete passes, in which an evaluation starts loader processes. The second is that of the time
+added by the other images: predict / evaluate there must stay near 1. Weights are random. The last
+line is one JSON object.
 """
 
 import json
@@ -39,30 +39,30 @@ from rft.predict.model import Model, load
 from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
-FIRST = TOGETHER  # images of a pass whose seconds are subtracted
+FIRST = TOGETHER  # images of the short pass, whose seconds are subtracted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Time predictions of photographs, and an evaluation of the same ones packed."""
+    """Time predictions of photographs, and an evaluation of the same photographs packed."""
 
     images: int = 2000
-    """Photographs; more than one forward takes."""
+    """Photographs; more than one forward holds."""
     rounds: int = 5
-    """Times that both are timed, in turn."""
+    """Rounds of both, in turn."""
     clip: str = MINIATURE
-    """CLIP whose image tower the model has. The miniature's takes little time, so decoding counts;
+    """CLIP that provides the model's image tower. The miniature's is fast, so decoding counts;
     with ViT-B-32 on a CPU both only wait for the tower."""
     workers: int = cpus.available()
     """Loader processes of the evaluation."""
     work: Path = Path("build/predict")
     """Folder for photographs, packed set and weights."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def make_model(arguments: Arguments, packed: PackedDataset) -> Model:
-    """Write a model of random weights with the classes of a set, and load it."""
+    """Write a model with random weights and the classes of a set, and load it."""
     architecture = architecture_of(arguments.clip)
     classes = packed.manifest.label_space
     head = nn.Linear(architecture.embed_dim, len(classes))
@@ -95,7 +95,7 @@ def evaluate_packed(model: Model, packed: PackedDataset, images: int, workers: i
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return everything that is saved."""
+    """Collect the document to save."""
     (url,) = photos.pack_as(["original"], arguments.work, arguments.images).values()
     packed = PackedDataset(url)
     model = make_model(arguments, packed)
@@ -109,7 +109,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         for name, work in parts.items():
             for part, images in ((name, arguments.images), (f"{name}_first", FIRST)):
                 began = time.perf_counter()
-                # the results are on the CPU, so a GPU is through
+                # the results are on the CPU, so the GPU is idle
                 count = work(images)
                 seconds.setdefault(part, []).append(time.perf_counter() - began)
                 assert count == images, "an image was lost"
@@ -137,7 +137,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and save if asked to."""
+    """Measure, print and, with --save, write the result."""
     arguments = cli.parse(Arguments, prog="benchmarks.predict")
     result = measure(arguments)
     if arguments.save:

@@ -1,19 +1,19 @@
-"""Ratios of two measurements: divided round by round, shown with their range.
+"""Ratios of two measurements, divided round by round, with their range.
 
-What slows a machine for a while slows both sides of a round, so the ratio of one round is steadier
-than that of two medians.
+A temporary slowdown affects both sides of a round, so ratios per round are steadier than the ratio
+of two medians.
 """
 
 import statistics
 from collections.abc import Sequence
 
-WIDEST = 1.5  # largest / smallest round of a ratio that still has a middle worth printing
+WIDEST = 1.5  # largest / smallest round of a ratio whose middle is still worth printing
 NOT_MEASURED = "not measured"
 Ratio = dict[str, float]
 
 
 def of_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio | None:
-    """Divide measurement by measurement of the same round; None if a side has none."""
+    """Divide measurements of the same rounds; None if a side has none."""
     if not above or not below:
         return None
     found = [a / b for a, b in zip(above, below, strict=True)]
@@ -25,7 +25,7 @@ def of_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio | None:
 
 
 def shown(ratio: Ratio | None) -> str:
-    """Write a ratio with its range, and without its middle if the range is wide."""
+    """Format a ratio with its range, and without its middle if the range is wide."""
     if ratio is None:
         return NOT_MEASURED
     low, high = ratio["lowest"], ratio["highest"]

@@ -1,16 +1,16 @@
-"""Is rft's shared memory worth its code? `python -m benchmarks.reader [--save]`.
+"""Benefit of rft's shared memory: `python -m benchmarks.reader [--save]`.
 
 Three ways from the same packed set in the page cache to a batch that a GPU can read by itself:
 
-    page-locked   rft's: loader processes fill memory that the trainer page-locks once
-    copied        the same, where page-locking is refused: the trainer copies each batch
-    DataLoader    torch's: a loader process sends each batch as a tensor in torch's shared memory,
-                  and a thread of the trainer copies it to pinned memory
+    page-locked   rft: loader processes fill memory that the trainer page-locks once
+    copied        the same if page-locking is refused: the trainer copies each batch
+    DataLoader    torch: a loader process sends each batch as a tensor in torch's shared memory, and
+                  a thread of the trainer copies it to pinned memory
 
-Without a GPU nothing can be pinned, so both copies go to memory that is used again and again, as
-torch's pinned memory is. Rounds are interleaved. Besides the rate, what counts is the CPU time: in
-the trainer, where it delays the launch of a step, and in all processes, which share a node's cores.
-The last line is one JSON object.
+Without a GPU nothing can be pinned, so both copies go to reused memory, like torch's pinned memory.
+Rounds are interleaved. Besides the rate, CPU time matters: in the trainer, where it delays the
+launch of a step, and in all processes, which share a node's cores. The last line is one JSON
+object.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from rft.loading.read import BATCHES_AHEAD, read_batches
 from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
-BUFFERS = 3  # of the pinning thread: one that it fills, one that waits, one that is used
+BUFFERS = 3  # of the pinning thread: one being filled, one waiting, one in use
 CPU = torch.device("cpu")
 
 
@@ -54,17 +54,17 @@ class Arguments:
     """Compare ways from loader processes to the trainer."""
 
     images: int = 1000
-    """Photographs to make, and to pack as `pixels`."""
+    """Photographs to generate and to pack as `pixels`."""
     batch_size: int = 512
-    """Images in a batch."""
+    """Images per batch."""
     rounds: int = 3
-    """Measurements of each way."""
+    """Measurements per variant."""
     seconds: float = 2.0
-    """Length of a measurement."""
+    """Seconds per measurement."""
     work: Path = Path("build/feeding")
-    """Folder for the photographs and what is packed of them."""
+    """Folder for the photographs and their packed set."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.seconds <= 0:
@@ -72,14 +72,14 @@ class Arguments:
 
 
 def page_locked(batches: TrainingBatches, workers: int) -> Generator[Tensor, None, None]:
-    """Yield batches as the GPU would find them, in the memory that loader processes filled."""
+    """Yield batches as a GPU would find them, in the memory that loader processes filled."""
     with contextlib.closing(read_batches(batches, ENDLESS, workers=workers, device=CPU)) as stream:
         for batch in stream:
             yield batch.images_BCHW
 
 
 def copied(batches: TrainingBatches, workers: int) -> Generator[Tensor, None, None]:
-    """Yield batches after the copy that the trainer makes where page-locking is refused."""
+    """Yield batches after the copy that the trainer makes if page-locking is refused."""
     buffer_BCHW = torch.empty(batches.largest, 3, SIZE, SIZE, dtype=torch.uint8)
     with contextlib.closing(page_locked(batches, workers)) as stream:
         for images_BCHW in stream:
@@ -87,7 +87,7 @@ def copied(batches: TrainingBatches, workers: int) -> Generator[Tensor, None, No
 
 
 class Sent(Dataset[Tensor]):
-    """Batches as tensors that a loader process sends, filled where torch's own collation would."""
+    """Batches as tensors sent by a loader process, filled like torch's own collation."""
 
     def __init__(self, batches: TrainingBatches) -> None:
         self._batches = batches
@@ -102,7 +102,7 @@ class Sent(Dataset[Tensor]):
 
 
 def data_loader(batches: TrainingBatches, workers: int) -> Generator[Tensor, None, None]:
-    """Yield batches of torch's DataLoader, each copied by a thread as its pinning thread would."""
+    """Yield batches of torch's DataLoader, each copied by a thread like its pinning thread."""
     options: dict[str, Any] = {}
     if workers:
         context = multiprocessing.get_context("forkserver")
@@ -119,7 +119,7 @@ def data_loader(batches: TrainingBatches, workers: int) -> Generator[Tensor, Non
     buffers = itertools.cycle(
         [torch.empty(batches.largest, 3, SIZE, SIZE, dtype=torch.uint8) for _ in range(BUFFERS)]
     )
-    # without loader processes torch pins in the trainer itself
+    # without loader processes, torch pins in the trainer itself
     pinned = (
         buffer.copy_(images_BCHW) for buffer, images_BCHW in zip(buffers, loader, strict=False)
     )
@@ -163,11 +163,11 @@ class Rate:
     trainer: float
     """CPU seconds of the training process per 1,000 images."""
     all: float
-    """CPU seconds of it and its loader processes per 1,000 images."""
+    """CPU seconds of the training process and its loader processes per 1,000 images."""
 
 
 def measure(stream: Generator[Tensor, None, None], workers: int, seconds: float) -> Rate:
-    """Take batches for so long; those made while processes started are not counted."""
+    """Take batches for a given time; those made while processes started are not counted."""
     for _ in range(2 + BATCHES_AHEAD * workers):
         next(stream)
     count, trainer, loaders = 0, own_cpu_seconds(), loader_cpu_seconds()
@@ -194,7 +194,7 @@ def summarise(rates: list[Rate]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the page of a saved result."""
+    """Format a saved result as a page."""
     lines = [
         f"{result['processor']}, {result['cpus']} CPUs, `pixels` in the page cache, batches of "
         f"{result['batch_size']}; medians of {result['rounds']} interleaved rounds; "
@@ -218,7 +218,7 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="benchmarks.reader")
     if arguments.images < arguments.batch_size:
         raise ValueError("--images must be at least --batch-size")
-    # as in training, where each rank has a core for its own work
+    # as in training, where each rank has one core for its own work
     torch.set_num_threads(1)
     sets = photos.pack_as(("pixels",), arguments.work / str(arguments.images), arguments.images)
     batches = training_batches(sets["pixels"], arguments.batch_size)

@@ -1,8 +1,8 @@
-"""How large a report of many runs is, and how long it takes: `python -m benchmarks.report_page`.
+"""Size and time of a report of many runs: `python -m benchmarks.report_page`.
 
-Run folders are invented: weights of one small tensor, curves, and predictions on sets of the
-benchmarks' sizes, in which all systems find the same images hard. The report is then made by its
-command, in a process of its own. The last line is one JSON object.
+Run folders are synthetic: weights of one small tensor, curves, and predictions on sets of the
+benchmarks' sizes, in which all systems find the same images hard. The report command then runs in
+its own process. The last line is one JSON object.
 """
 
 import dataclasses
@@ -32,26 +32,26 @@ RESULTS = Path(__file__).parent / "results"
 NAME = "report_page"
 CLASSES = 1000
 RECIPES = ("zero-shot", "vanilla", "wise-ft-0.5", "uniform-soup", "no-mask", *MASKED)
-EPOCHS = 10  # of the trainings that are invented
-LINES = 2500  # of metrics of each, as a training of the paper logs
+EPOCHS = 10  # of the synthetic trainings
+LINES = 2500  # of each run's metrics, as many as a training of the paper logs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Make a report of invented runs; measure its bytes and seconds."""
+    """Report on synthetic runs; measure its bytes and seconds."""
 
     runs: int = 40
-    """Run folders; where recipes end, further learning rates of vanilla follow."""
+    """Run folders; after the recipes come further learning rates of vanilla."""
     images: float = 1.0
     """Share of each benchmark's images."""
     folder: Path | None = None
-    """Where runs and report are kept; a temporary folder if not given."""
+    """Folder for runs and report; a temporary folder by default."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def invent(name: str, images: int, skill: float, seed: int) -> Predictions:
-    """Return predictions of a set by a system; `skill` is about its accuracy."""
+    """Generate a system's predictions of a set; `skill` is roughly its accuracy."""
     # of the set: the same for every system
     of_set = np.random.default_rng(list(name.encode()))
     hard_N, label_N = of_set.uniform(size=images), of_set.integers(0, CLASSES, images, np.int32)
@@ -83,7 +83,7 @@ def make_run(path: Path, number: int, share: float) -> None:
         "model": {"clip": "ViT-B-32"},
     }
     if recipe != "uniform-soup" and not recipe.startswith("wise-"):
-        # rounded: 1.1e-05, not 1.0999999999999999e-05, and never the recipes' own
+        # rounded: 1.1e-05, not 1.0999999999999999e-05, and never equal to a recipe's own
         rate = 3e-5 if number < len(RECIPES) else round(1e-4 + number * 1e-6, 9)
         config["optim"] = {"lr": rate, "epochs": EPOCHS}
         files.write_json(
@@ -110,13 +110,13 @@ def make_run(path: Path, number: int, share: float) -> None:
 
 
 def classes() -> dict[str, Any]:
-    """Return as many invented classes as ImageNet has."""
+    """Generate as many classes as ImageNet has."""
     names = tuple(f"class of some words {n}" for n in range(CLASSES))
     return dataclasses.asdict(Classes(ids=tuple(f"n{n:08d}" for n in range(CLASSES)), names=names))
 
 
 def metrics(number: int) -> str:
-    """Return the curves of a training."""
+    """Generate the curves of a training."""
     draws = np.random.default_rng(number)
     step_L = np.arange(1, LINES + 1)
     ce_L = 0.5 + np.exp(-step_L / 500) + draws.normal(0, 0.05, LINES)
@@ -128,7 +128,7 @@ def metrics(number: int) -> str:
 
 
 def count(path: Path, name: str, skill: float, number: int, share: float) -> dict[str, Any]:
-    """Write the predictions of a set; return what results.json has of them."""
+    """Write the predictions of a set; return its entry in results.json."""
     images = max(1, round(share * BENCHMARKS[name].images))
     rows = invent(name, images, skill, number)
     data = rows.to_bytes()
@@ -142,7 +142,7 @@ def count(path: Path, name: str, skill: float, number: int, share: float) -> dic
 
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
-    """Make the runs and their report; return its time, memory and bytes."""
+    """Write the runs and their report; return its time, memory and bytes."""
     runs, out = folder / "runs", folder / "report"
     for number in range(arguments.runs):
         path = runs / f"run{number:03d}"

@@ -1,10 +1,10 @@
 """The research recipes on the miniature world: `python -m benchmarks.research`.
 
-What is trained, chosen and compared was written down before any of it ran (docs/results.md,
-"Research recipes"): the head's weight by held-out accuracy on two development seeds, then every
-recipe once on five fresh seeds, and the paired differences in OOD average to the paper's method.
+The trainings, choices and comparisons were specified before any run (docs/results.md, "Research
+recipes"): the head's weight by held-out accuracy on two development seeds, then every recipe once
+on five fresh seeds, and the paired differences in OOD average to the paper's method.
 
-Commands run in this process, one after the other; what is done is skipped, so that a killed
+Commands run sequentially in this process, and finished work is skipped, so that an interrupted
 measurement resumes.
 """
 
@@ -44,15 +44,15 @@ class Arguments:
     """Choose the head's weight on development seeds and compare the recipes on fresh ones."""
 
     folder: Path = Path("build/research")
-    """Where the world and the runs are kept."""
+    """Folder for the world and the runs."""
     epochs: int = 10
-    """Fewer try the path; the result is saved for ten alone."""
+    """Fewer only test the pipeline; the result is saved for ten alone."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def train(arguments: Arguments, system: str, seed: int, weight: float) -> Path:
-    """Train one run unless it is done; return its folder."""
+    """Train one run unless it is finished; return its folder."""
     recipe, options = system, []
     if system == CONTROL:
         recipe, options = BASELINE, ["--method.single-fill", "replacement"]
@@ -70,7 +70,7 @@ def train(arguments: Arguments, system: str, seed: int, weight: float) -> Path:
 
 
 def held_out(run: Path) -> int:
-    """Return how many held-out images the run's selected model has right."""
+    """Count the held-out images that the run's selected model classifies correctly."""
     return max(
         line.held_out_correct
         for _, line in records.read_metrics(run / filenames.METRICS)
@@ -120,7 +120,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare(systems: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Return the differences that were announced, from each system's accuracies by seed."""
+    """Compute the announced differences from each system's accuracies by seed."""
     ood = {name: [one["ood"] for one in found] for name, found in systems.items()}
     against = {name: paired(ood[name], ood[BASELINE]) for name in systems if name != BASELINE}
     corrected = holm({name: against[name]["p"] for name in recipes.RESEARCH})
@@ -134,7 +134,7 @@ def compare(systems: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the result as Markdown."""
+    """Format the result as Markdown."""
     names = (ID_SET, *OOD_SETS)
     head = [
         "recipe",

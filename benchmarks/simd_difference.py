@@ -1,9 +1,9 @@
-"""How far apart Pillow and Pillow-SIMD are: `python -m benchmarks.simd_difference --save`.
+"""Difference between Pillow and Pillow-SIMD: `python -m benchmarks.simd_difference --save`.
 
-Both make CLIP's input (decode, resize, centre crop) of the same photographs; grey levels are
-compared entry by entry. A second comparison starts from pixels that are the same for both, so that
-what their resizing does is told apart from what their JPEG libraries do. Needs
-`python -m benchmarks.environments --names pillow-simd`. The last line is one JSON object.
+Both compute CLIP's input (decode, resize, centre crop) from the same photographs, and the grey
+levels are compared entry by entry. A second comparison starts from equal pixels, to separate the
+effect of resizing from that of the JPEG libraries. Needs `python -m benchmarks.environments --names
+pillow-simd`. The last line is one JSON object.
 """
 
 import json
@@ -21,7 +21,7 @@ from rft.storage import files
 RESULTS = Path(__file__).parent / "results"
 CORES = {"Pillow": None, "Pillow-SIMD": "pillow-simd"}
 SIZE = 224
-# run in a process of its own, because a process can import only one of the two
+# run in a separate process, because a process can import only one of the two
 PIXELS = """
 import sys
 from pathlib import Path
@@ -52,11 +52,11 @@ class Arguments:
     work: Path = Path("build/simd")
     """Folder for the photographs and the pixels."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def pixels(core: str, work: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """Return a library's version and the pixels it makes, uint8 (N, 3, 224, 224) by stage."""
+    """Return a library's version and its pixels, uint8 (N, 3, 224, 224) by stage."""
     out = work / f"{core}.npz"
     arguments = [work / "photos" / "train", work / "decoded.npz", out, SIZE]
     result = subprocess.run(

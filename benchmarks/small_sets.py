@@ -1,15 +1,15 @@
-"""`--scale small` by the rule, and by the numbers before it: `python -m benchmarks.small_sets`.
+"""`--scale small` by the current rule and by earlier numbers: `python -m benchmarks.small_sets`.
 
-Sets of 60, 300 and 3,000 training images are cut from the miniature world, a different cut for each
-seed, packed as one's own photos are, and trained on with the tiny CLIP; accuracy is that on the
-world's own test sets. Model, learning rate and beta are the miniature's, everything else is
-`--scale small`'s. What is compared:
+Sets of 60, 300 and 3,000 training images are cut from the miniature world, a different cut per
+seed, packed like own photos, and used to train the tiny CLIP. Accuracy is measured on the world's
+test sets. Model, learning rate and beta are the miniature's, everything else is `--scale small`'s.
+Compared:
 
-before, fixed: no held-out images, batch 64, 50 steps of warm-up, as README showed the command;
-before, proposed: held-out images and batch that `tools/shard_folder.py` put in its `next:` line;
+before, fixed: no held-out images, batch 64, 50 steps of warm-up, as the README showed the command;
+before, proposed: held-out images and batch from the `next:` line of `tools/shard_folder.py`;
 rule: the numbers of rft/small.py.
 
-Commands run in this process, one after the other; what is done is skipped, so that a killed
+Commands run sequentially in this process, and finished work is skipped, so that an interrupted
 measurement resumes.
 """
 
@@ -45,20 +45,20 @@ NUMBERS = ("before, fixed", "before, proposed", "rule")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train on small cuts of the miniature world, by the rule and by the numbers before."""
+    """Train on small cuts of the miniature world, by the rule and by the earlier numbers."""
 
     folder: Path = Path("build/small_sets")
-    """Where the world, the cuts and the runs are kept."""
+    """Folder for the world, the cuts and the runs."""
     sizes: tuple[int, ...] = SIZES
-    """Training images of the cuts."""
+    """Training images per cut."""
     seeds: int = 3
-    """Seeds of each: of the cut, the sample order and the fills."""
+    """Seeds per size: of the cut, the sample order and the fills."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def before(numbers: str, images: int, classes: int) -> list[str]:
-    """Return the options that give the numbers as they were before the rule."""
+    """Return the options that reproduce the numbers before the rule."""
     held_out, batch = 0, 64
     if numbers == "before, proposed":
         held_out = max(images // 10, classes)
@@ -71,11 +71,11 @@ def before(numbers: str, images: int, classes: int) -> list[str]:
 
 
 def cut(world: Path, out: Path, images: int, seed: int) -> None:
-    """Link so many of the world's training images below `out`, classes in turn."""
+    """Link so many of the world's training images below `out`, taking classes in turn."""
     rng = numpy_generator(NAME, images, seed)
     by_class = [sorted(one.iterdir()) for one in sorted((world / "imagenet/train").iterdir())]
     columns = [[one[n] for n in rng.permutation(len(one))] for one in by_class]
-    order = rng.permutation(len(columns))  # which classes have one image more
+    order = rng.permutation(len(columns))  # the classes with one more image
     chosen = [columns[c][n] for n in range(max(map(len, columns))) for c in order
               if n < len(columns[c])]  # fmt: skip
     for path in chosen[:images]:
@@ -109,7 +109,7 @@ def call(command: Callable[[], None], *arguments: object) -> None:
 
 
 def train(folder: Path, recipe: str, images: int, seed: int, numbers: str) -> tuple[Path, str]:
-    """Train one run; return its folder, and why it was refused, if it was."""
+    """Train one run; return its folder, and the reason if it was refused."""
     run = folder / "runs" / f"{images}-{recipe}-{numbers.replace(', ', '-')}-{seed}"
     tiny = recipes.build(recipe, scale="miniature")
     options = ["--model.clip", tiny.model.clip, "--optim.lr", tiny.optim.lr, "--seed", seed]
@@ -128,14 +128,14 @@ def train(folder: Path, recipe: str, images: int, seed: int, numbers: str) -> tu
 
 
 def accuracies(run: Path) -> dict[str, float]:
-    """Return accuracy in % on ImageNet's stand-in, and the mean of the five others'."""
+    """Return accuracy in % on ImageNet's stand-in, and the mean over the other five sets."""
     sets = files.read_json(str(run / filenames.RESULTS))["sets"]
     share = {name: 100 * entry["correct"] / entry["total"] for name, entry in sets.items()}
     return {"id": share[ID_SET], "ood": statistics.mean(share[name] for name in OOD_SETS)}
 
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
-    """Return one row for each size, choice of numbers and recipe, with every seed's result."""
+    """List one row per size, choice of numbers and recipe, with every seed's result."""
     rows: list[dict[str, Any]] = []
     for images in arguments.sizes:
         for numbers in NUMBERS:
@@ -156,7 +156,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """Return what a run was and how it scored."""
+    """Describe a run and its score."""
     config = files.read_json(str(run / filenames.CONFIG))
     ended = files.read_json(str(run / filenames.TRAINING))
     return {
@@ -188,7 +188,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as Markdown: a row for each size and choice of numbers."""
+    """Format the result as Markdown: one row per size and choice of numbers."""
     head = ["images", "numbers", "held out", "batch", "warm-up of steps"]
     head += [f"{recipe} {what}" for recipe in RECIPES for what in ("ID", "OOD avg")]
     lines = [" | ".join(head), " | ".join(["--:", "---", *["--:"] * (len(head) - 2)])]

@@ -1,4 +1,4 @@
-"""Empty modules in the place of those that a released code imports and a comparison does not need.
+"""Empty modules in place of imports that a released code makes and a comparison does not need.
 
 benchmarks/parities imports single files of other repositories with them.
 """
@@ -11,7 +11,7 @@ from types import ModuleType
 
 @contextmanager
 def modules(names: Iterable[str]) -> Iterator[dict[str, ModuleType]]:
-    """Put empty modules under some names, and what was there back afterwards.
+    """Put empty modules under some names, and restore the original modules afterwards.
 
     Modules below one of the names that were imported meanwhile are forgotten too.
     """

@@ -1,12 +1,12 @@
-"""What a counterfactual step costs: `python -m benchmarks.step --model ViT-B-32`.
+"""Cost of a counterfactual step: `python -m benchmarks.step --model ViT-B-32`.
 
 Optimizer steps on the same random images and weights, interleaved so that a busy machine slows all
 of them alike:
   vanilla   cross-entropy through open_clip's own forward;
   own_vanilla  the training loop's own step of the recipe `vanilla`;
   textbook  the counterfactual step in the released code's order: three student forwards with
-            explicit attention, the maps of all layers and the relevance matrix stored in full;
-  step      the training loop's own.
+            explicit attention, with the maps of all layers and the relevance matrix stored in full;
+  step      the training loop's own counterfactual step.
 All in fp32, on the CPU; benchmarks.gpu measures the same steps on a GPU. The last line is one JSON
 object.
 """
@@ -56,7 +56,7 @@ from rft.train.texts import Texts
 
 ADDRESS = StepAddress(seed=0, step=0, rank=0, micro=0)
 RESULTS = Path(__file__).parent / "results"
-# of time: what could be done instead over what rft does
+# of time: alternative over rft's own choice
 ALTERNATIVES = {
     "adamw": ("adamw_foreach", "adamw_fused"),
     "patches_conv": ("patches_conv", "patches_matmul"),
@@ -72,12 +72,12 @@ class Arguments:
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
     batch_size: int = 16
-    """Images in a step."""
+    """Images per step."""
     classes: int = 1000
     rounds: int = 5
-    """Timed repetitions of each step, after one that is not timed."""
+    """Timed repetitions of each step, after one warm-up."""
     processes: int = 1
-    """Repeat all of it in so many processes, one after the other: where memory comes to lie moves
+    """Repeat everything in so many processes, one after the other: memory layout changes
     the ratios by some percent. The result is the process whose ratios are in the middle."""
     recompute: bool = False
     """The training loop's step with --recompute (activation checkpointing)."""
@@ -85,11 +85,11 @@ class Arguments:
     """Also time vanilla under torch.compile and the training loop's step with --compile; saved
     apart, because the others take another time with it in their process."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def build_clip(name: str) -> PretrainedClip:
-    """Return an open_clip model with random weights, both towers, and its tokenizer."""
+    """Create an open_clip model with random weights, both towers, and its tokenizer."""
     config = open_clip.get_model_config(name)
     if config is None:
         raise cli.unknown("model", name, open_clip.list_models())
@@ -102,13 +102,13 @@ def build_clip(name: str) -> PretrainedClip:
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
     )
-    # made for the first text: it takes a while, and most benchmarks have none
+    # created for the first text: it takes a while, and most benchmarks use none
     tokenizer = functools.cache(lambda: open_clip.get_tokenizer(name))
     return PretrainedClip(model, lambda texts: tokenizer()(texts), architecture)
 
 
 def with_head(clip: PretrainedClip, classes: int) -> Classifier:
-    """Return a classifier of a model's image tower itself and a head of CLIP's logit scale."""
+    """Build a classifier from a model's image tower itself and a head of CLIP's logit scale."""
     visual = check_supported(clip.model.visual)
     head = nn.Linear(clip.architecture.embed_dim, classes)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def with_head(clip: PretrainedClip, classes: int) -> Classifier:
 
 
 def build_classifier(name: str, classes: int) -> Classifier:
-    """Return a classifier with random weights and a head of CLIP's logit scale."""
+    """Build a classifier with random weights and a head of CLIP's logit scale."""
     return with_head(build_clip(name), classes)
 
 
@@ -169,7 +169,7 @@ def vanilla_step(
     precision: Precision = "fp32",
     visual: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Leave the cross-entropy's gradient, through open_clip's own forward or `visual` instead."""
+    """Compute the cross-entropy's gradient, through open_clip's own forward or `visual` instead."""
     if visual is None:
         visual = model.visual
     with autocast(images_BCHW.device, precision):
@@ -181,7 +181,7 @@ def vanilla_step(
 def textbook_step(
     objective: Objective, images_BCHW: Tensor, labels_B: Tensor, precision: Precision = "fp32"
 ) -> None:
-    """Leave the counterfactual step's gradient by the released code's order of work."""
+    """Compute the counterfactual step's gradient in the released code's order."""
     student, method = objective.student, objective.method
 
     def forward(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -200,7 +200,7 @@ def textbook_step(
             matrix_BLL = matrix_BLL + attention_BLL @ matrix_BLL
         return relevance.normalise(matrix_BLL[:, 0, 1:])
 
-    relevance_BP = cam()  # whose maps are gone with it
+    relevance_BP = cam()  # which also frees its maps
     filled_BCHW = fill_pixels(objective, images_BCHW, relevance_BP)
     with torch.no_grad():
         teacher_BE, _ = forward(objective.teacher, filled_BCHW)
@@ -211,7 +211,7 @@ def textbook_step(
 
 
 def fill_pixels(objective: Objective, images_BCHW: Tensor, relevance_BP: Tensor) -> Tensor:
-    """Return the counterfactual images."""
+    """Build the counterfactual images."""
     side, device = objective.student.patch_side, images_BCHW.device
     mask_BP = masking.object_mask(relevance_BP, objective.method.threshold)
     own_B1 = torch.arange(len(images_BCHW), device=device)[:, None]
@@ -223,7 +223,7 @@ def fill_pixels(objective: Objective, images_BCHW: Tensor, relevance_BP: Tensor)
 
 
 def forward_with_maps(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return features and every layer's attention probabilities, all in one graph."""
+    """Compute features and every layer's attention probabilities in one graph."""
     visual, maps = model.visual, []
     normalised_BCHW = (images_BCHW.float() - model._mean_C11) / model._std_C11
     patches_BPD = visual.conv1(normalised_BCHW).flatten(2).transpose(1, 2)
@@ -245,7 +245,7 @@ def forward_with_maps(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, l
 
 
 def random_batch(arguments: Arguments, device: torch.device, size: int) -> Batch:
-    """Return a batch of noise, the same for the same sizes."""
+    """Return a batch of noise, the same for equal sizes."""
     generator, count = torch.Generator().manual_seed(0), arguments.batch_size
     shape = (count, 3, size, size)
     images_BCHW = torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device)
@@ -256,7 +256,7 @@ def random_batch(arguments: Arguments, device: torch.device, size: int) -> Batch
 def build_steps(
     arguments: Arguments, device: torch.device, precision: Precision, student: Classifier
 ) -> dict[str, Callable[[], None]]:
-    """Return whole optimizer steps by name; those with --compile compile at their first call.
+    """List complete optimizer steps by name; those with --compile compile at their first call.
 
     `textbook_tf32` is the released code's own setting on the cards that it ran on.
     """
@@ -274,7 +274,7 @@ def build_steps(
         gradients()
         if clips:
             nn.utils.clip_grad_norm_(student.parameters(), job.config.optim.clip_norm)
-        # looked up here, because phase_seconds puts a stopwatch in its place
+        # looked up at each call, because phase_seconds replaces it by a timed version
         with rft.train.step.record_function("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
@@ -282,7 +282,7 @@ def build_steps(
     def vanilla(visual: Callable[[Tensor], Tensor] | None = None) -> None:
         whole(lambda: vanilla_step(student, images_BCHW, labels_B, precision, visual), precision)
 
-    # with a teacher of its own: the job's may have weights in bf16, which TF32 cannot use
+    # with its own teacher: the job's may have weights in bf16, which TF32 cannot use
     plain = Objective(student, copy.deepcopy(student), job.config.method).to(device)
 
     def textbook(precision: Precision) -> None:
@@ -297,7 +297,7 @@ def build_steps(
     def ours(choice: Choice) -> None:
         job.objective.kernels = kernels.load(choice)
         module = job.objective
-        # the loop clips by itself
+        # the loop does its own clipping
         whole(lambda: accumulate_gradients(job, module, batch, step=0), precision, clips=False)
 
     return {
@@ -313,7 +313,7 @@ def build_steps(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -321,7 +321,7 @@ def synchronize(device: torch.device) -> None:
 def time_steps(
     steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of each round of each step, in turn; a first round is thrown away."""
+    """Return the seconds of each round of each step, in turn, without the first round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -344,7 +344,7 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
 
 
 def phase_seconds(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Return the seconds of each phase that the training code names, the rest as "other".
+    """Return the seconds of each phase named in the training code, the rest as "other".
 
     The device is waited for at both ends of a phase, so the sum is a little more than a step.
     """
@@ -375,7 +375,7 @@ def phase_seconds(step: Callable[[], None], device: torch.device) -> dict[str, f
 
 
 def count_flops(step: Callable[[], None]) -> int:
-    """Return the floating-point operations of a step's matrix products, forward and backward."""
+    """Count the floating-point operations of a step's matrix products, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -400,7 +400,7 @@ def matmul_ceiling(device: torch.device, precision: Precision) -> float:
 def alternatives(
     student: Classifier, arguments: Arguments, device: torch.device
 ) -> dict[str, ratios.Ratio | None]:
-    """Return the ratios of time of what could be done in two ways, on the model's own sizes.
+    """Return the ratios of time of alternatives for two operations, on the model's own sizes.
 
     The optimizer's update in one fused kernel or one for each operation, and the patch embedding as
     a matrix product (what rft does) or as open_clip's convolution, plain and channels-last.
@@ -436,7 +436,7 @@ def alternatives(
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return everything that the page shows."""
+    """Collect the document to save."""
     device = torch.device("cpu")
     student = build_classifier(arguments.model, arguments.classes)
     built = build_steps(arguments, device, "fp32", student)
@@ -501,7 +501,7 @@ COMPILED_RATIOS = {
 
 
 def repeat(arguments: Arguments) -> dict[str, Any]:
-    """Return the middle one of several processes' results, with the ratios of all of them."""
+    """Return the result of the process with the middle ratios, with the ratios of all."""
     command = [sys.executable, "-m", "benchmarks.step", "--model", arguments.model]
     for name in ("batch_size", "classes", "rounds"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
@@ -514,7 +514,7 @@ def repeat(arguments: Arguments) -> dict[str, Any]:
     results.sort(key=lambda result: result["textbook_over_step"]["median"])
     middle = results[len(results) // 2]
     for name in RATIOS:
-        # the range is of all rounds of all processes
+        # the range covers all rounds of all processes
         middle[name]["lowest"] = min(result[name]["lowest"] for result in results)
         middle[name]["highest"] = max(result[name]["highest"] for result in results)
     return {**middle, "processes": arguments.processes}

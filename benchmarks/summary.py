@@ -1,7 +1,7 @@
-"""The tables of the pages: `python -m benchmarks.summary` writes benchmarks/results/data.md.
+"""Tables for the docs: `python -m benchmarks.summary` writes benchmarks/results/data.md.
 
-It is made of what the other benchmarks saved; `python docs/update_results.py` takes it into the
-pages that show it.
+The file is built from saved results of the other benchmarks; `python docs/update_results.py` copies
+it into the pages.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def rate(row: dict[str, Any] | None) -> str:
-    """Return images a second with the lowest and the highest round, or why there is none."""
+    """Format images per second with the lowest and the highest round, or the reason for none."""
     if row is None:
         return ratios.NOT_MEASURED
     if row["images_per_second"] is None:
@@ -47,7 +47,7 @@ def rate(row: dict[str, Any] | None) -> str:
 
 
 def ratio_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what a benchmark's ratios mean, and their values."""
+    """Return the meaning of a benchmark's ratios, and their values."""
     return [
         (meaning.format(cpus=result["cpus"]), ratios.shown(result.get(name)))
         for name, meaning in RATIOS[result["benchmark"]].items()
@@ -55,7 +55,7 @@ def ratio_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def page(loader: dict[str, Any], pack: dict[str, Any], simd: dict[str, Any]) -> str:
-    """Return the page for the saved results of the three benchmarks.
+    """Build the page from the saved results of the three benchmarks.
 
     Raises:
         ValueError: if they were measured on different machines.
@@ -87,7 +87,7 @@ def page(loader: dict[str, Any], pack: dict[str, Any], simd: dict[str, Any]) -> 
 
 
 def text() -> str:
-    """Return the page for what benchmarks/results holds.
+    """Build the page from benchmarks/results.
 
     Raises:
         ValueError: if one of the benchmarks has not saved a result.

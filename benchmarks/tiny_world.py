@@ -1,4 +1,4 @@
-"""A tiny world: coloured squares in the official layouts, a random CLIP; and its processes."""
+"""A tiny world (coloured squares in the official layouts, a random CLIP) and its processes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LABELS = LabelSpace(
     templates=("a {c} square", "{c}"),
 )
 WORDS = ("", "<start>", "a", "square", *COLOURS, "<end>")
-# odd sizes on purpose: none divides by two or three
+# odd sizes on purpose: not divisible by two or three
 COUNTS = {"imagenet-train": 19, "imagenet-val": 7, "imagenet-r": 5, "imagenet-a": 3}
 
 
@@ -38,12 +38,12 @@ def write_images(root: Path, dataset: str, per_class: int) -> None:
 
 
 def shards(root: Path) -> Path:
-    """Return the data root of `write_data`'s world."""
+    """Return the data root of the world of `write_data`."""
     return root / "shards"
 
 
 def write_data(root: Path) -> Path:
-    """Make images and shards of four small sets; return the data root."""
+    """Write images and shards of four small sets; return the data root."""
     for dataset, per_class in COUNTS.items():
         write_images(root / "images", dataset, per_class)
         options = Options(encoding="pixels", size=SIZE, shard_mb=0.02, workers=1)
@@ -52,13 +52,13 @@ def write_data(root: Path) -> Path:
 
 
 def clip_name(folder: Path) -> str:
-    """Return the --model.clip of `write_clip`'s CLIP."""
+    """Return the --model.clip of the CLIP of `write_clip`."""
     return f"local-dir:{folder}"
 
 
 def write_clip(folder: Path) -> str:
-    """Write a random CLIP in open_clip's folder form; return its name for --model.clip."""
-    # here, because processes that start and end in a test import this module for other things
+    """Write a random CLIP in open_clip's folder format; return its name for --model.clip."""
+    # imported here, because short processes of tests import this module for other things
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -92,18 +92,18 @@ def write_clip(folder: Path) -> str:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return this process's environment on one thread, as torchrun sets it for several ranks."""
+    """Copy this process's environment with one thread, as torchrun sets it for several ranks."""
     root = str(Path(__file__).parents[1])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **extra}
 
 
 def children(pid: int) -> list[int]:
-    """Return all processes below one, their children too."""
+    """List all child processes of a process, recursively."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             listed = task.read_text().split()
-        except OSError:  # it ended between listing and reading
+        except OSError:  # ended between listing and reading
             continue
         for child in map(int, listed):
             found += [child, *children(child)]
@@ -111,7 +111,7 @@ def children(pid: int) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    """Kill a process, if it is still there."""
+    """Kill a process if it still exists."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:

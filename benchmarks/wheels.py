@@ -1,15 +1,14 @@
-"""Wheels for a machine that has torch and no network: `python -m benchmarks.wheels`.
+"""Wheels for a machine with torch but no network: `python -m benchmarks.wheels`.
 
-A rented machine with a GPU often comes bare: an image with torch for its driver, nothing else, and
-no package registry. This fills a folder with the other packages that `benchmarks.gpu` and tests/gpu
-need, in the versions of this environment, for a Python and a platform that are not this machine's.
-On the other machine:
+Rented GPU machines are often bare: an image with torch for its driver and no package registry. This
+command fills a folder with the other packages that `benchmarks.gpu` and tests/gpu need, in the
+versions of this environment, for the Python and platform of the other machine. Run there:
 
     python3 -m pip install --no-index --no-deps --target site build/wheels/*.whl
     PYTHONPATH=site python3 -m benchmarks.gpu
 
-Left out are torch, torchvision, which only works with the torch that it was built for, and whatever
-these two require (numpy and Pillow among them). The last line is one JSON object: the number of
+Omitted are torch, torchvision, which only works with the torch it was built for, and everything
+that these two require (including numpy and Pillow). The last line is one JSON object: the number of
 wheels and their bytes.
 """
 
@@ -27,15 +26,15 @@ from packaging.utils import canonicalize_name
 from rft import cli
 
 ROOT = Path(__file__).parents[1]
-# what runs the tests on the GPU, beside what rft itself requires
+# to run the tests on the GPU, beside rft's own requirements
 TESTS = ("pytest", "pytest-timeout")
-OWN = "rft-clip"  # the distribution of rft itself
+OWN = "rft-clip"  # rft's own distribution
 PROVIDED = ("torch", "torchvision")
 # figures, held-out splits and ImageNet's devkit, a server for log folders, downloads from the model
-# hub: a hundred megabytes that no part of it imports
+# hub: a hundred megabytes that no measured part imports
 UNUSED = {"matplotlib", "scikit-learn", "scipy", "tensorboard-data-server", "hf-xet"}
 MOST_BYTES = 60_000_000  # so that the folder is copied in seconds
-# pip matches one glibc exactly: all of those that wheels are built for, newest first
+# pip matches one glibc exactly: list all for which wheels are built, newest first
 GLIBC = ("2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 ALIASES = {"2_17": "2014", "2_12": "2010", "2_5": "1"}
 
@@ -45,11 +44,11 @@ class Arguments:
     """Fill a folder with the wheels that the GPU benchmark needs beside torch and torchvision."""
 
     python: str = "3.12"
-    """Python of the machine that the wheels are for, MAJOR.MINOR."""
+    """Python of the target machine, MAJOR.MINOR."""
     machine: str = "x86_64"
     """Its processor, as `uname -m` prints it; the system is Linux."""
     out: Path = Path("build/wheels")
-    """Folder for the wheels; those of other versions are removed from it."""
+    """Folder for the wheels; wheels of other versions are removed from it."""
 
     def __post_init__(self) -> None:
         major, _, minor = self.python.partition(".")
@@ -60,7 +59,7 @@ class Arguments:
 def closure(
     names: Iterable[str], environment: dict[str, str], skipped: Collection[str] = ()
 ) -> set[str]:
-    """Return packages and everything that they require, by the metadata of what is installed here.
+    """List packages and their recursive requirements, from the metadata of installed packages.
 
     Args:
         names: requirements, such as `fsspec[http]`.
@@ -86,7 +85,7 @@ def closure(
             raise ValueError(f"{name} is not installed here: make .venv/.installed") from error
         for line in needs:
             need = Requirement(line)
-            # a requirement of an extra counts only where the extra is asked for
+            # a requirement of an extra counts only if the extra is requested
             cases = ({**environment, "extra": extra} for extra in ("", *extras))
             if need.marker is None or any(map(need.marker.evaluate, cases)):
                 waiting.append(need)
@@ -94,7 +93,7 @@ def closure(
 
 
 def packages(arguments: Arguments) -> list[str]:
-    """Return the packages to carry, with their versions: NAME==VERSION, sorted."""
+    """List the packages to download, with their versions: NAME==VERSION, sorted."""
     environment = {
         "python_version": arguments.python,
         "python_full_version": f"{arguments.python}.0",
@@ -132,14 +131,14 @@ def download(arguments: Arguments, wanted: list[str]) -> list[Path]:
         if (canonicalize_name(name), version) in versions:
             wheels.append(path)
         else:
-            path.unlink()  # two versions of one package stop the whole installation
+            path.unlink()  # two versions of one package would stop the installation
     if len(wheels) != len(wanted):
         raise ValueError(f"{arguments.out} has {len(wheels)} wheels of {len(wanted)} packages")
     return wheels
 
 
 def main() -> None:
-    """Download, and print what it weighs."""
+    """Download the wheels and print their size."""
     arguments = cli.parse(Arguments, prog="benchmarks.wheels")
     wheels = download(arguments, packages(arguments))
     size = sum(path.stat().st_size for path in wheels)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All experiments of the paper from one command.
+# Run all experiments of the paper with one command.
 set -euo pipefail
 
 usage() {
@@ -9,24 +9,23 @@ usage: launch/reproduce.sh [--dry-run] [--suite S] [--seeds N] [--only RECIPE...
        launch/reproduce.sh --miniature [--suite S] [--seeds N] [--epochs N] [--out DIR]
                            [--processes N]
 
-Submits every row of the paper's Tables 1 and 3 and every model of its Fig. 7 to SLURM, each job
-behind those it needs, with the settings of launch/cluster.env. The report comes last. Again, once
-no job of it waits or runs: what is done is skipped.
+Submits every row of the paper's Tables 1 and 3 and every model of its Fig. 7 to SLURM, with the
+settings of launch/cluster.env. Each job waits for those it needs; the report comes last. To resume,
+rerun the command when none of its jobs waits or runs; finished work is skipped.
 
-  --dry-run      print the jobs and submit none
-  --seeds N      fine-tuning seeds, 3 if not given, as in the paper
-  --suite S      post-2023: the method beside those that came later, on equal terms; paper if not
-                 given
-  --only ...     these recipes and what they build on; more: python -m rft.experiments --help
-  -- ...         what follows goes to every training: -- --model.clip ViT-B-16 --precision bf16
+  --dry-run      print the jobs without submitting them
+  --seeds N      fine-tuning seeds (default: 3, as in the paper)
+  --suite S      paper (default), or post-2023: the method and later ones on equal terms
+  --only ...     only these recipes and their prerequisites; see python -m rft.experiments --help
+  -- ...         options for every training, e.g. -- --model.clip ViT-B-16 --precision bf16
 
-With --miniature it runs all of it on the miniature world, on this machine, and prints the table
-beside the paper's. The same command again goes on where it was stopped.
+With --miniature, runs everything on this machine, on the miniature world, and prints the table
+beside the paper's. The same command resumes an interrupted run.
 
-  --seeds N      fine-tuning seeds, 1 if not given
-  --epochs N     fewer epochs than the recipes have, to try the path
-  --out DIR      folder for images, shards, runs and report, miniature if not given
-  --processes N  ranks of a training, 2 if not given
+  --seeds N      fine-tuning seeds (default: 1)
+  --epochs N     train for fewer epochs than the recipes, to test the pipeline
+  --out DIR      folder for images, shards, runs and report (default: miniature)
+  --processes N  ranks per training (default: 2)
 END
 }
 
@@ -52,7 +51,7 @@ done
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 if [ $miniature = yes ]; then
     [ $dry = no ] || options+=(--dry-run)
-    # .venv is what make builds; an activated environment does as well
+    # make builds .venv; without it, use the active environment
     python=$root/.venv/bin/python
     [ -x "$python" ] || python=python
     exec "$python" -m rft.demo paper "${options[@]}"
@@ -66,7 +65,7 @@ if [ ! -e launch/cluster.env ]; then
 fi
 # shellcheck source=launch/cluster.env.example
 source launch/cluster.env
-# one that cannot start because another failed is taken off the queue
+# remove a job from the queue if a job that it depends on has failed
 submit=(launch/submit.sh --kill-on-invalid-dep=yes)
 [ $dry = no ] || submit+=(--dry-run)
 
@@ -80,7 +79,7 @@ declare -A jobs=()
 while IFS= read -r line; do
     name=${line%%$'\t'*} rest=${line#*$'\t'}
     needed=${rest%%$'\t'*}
-    # quoted for a shell by the plan itself
+    # the plan has quoted the command for a shell
     command=()
     eval "command=(${rest#*$'\t'})"
     waits=()

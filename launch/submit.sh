@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Submit one job of this folder, with the code as it is now.
+# Submit one of this folder's jobs, with a copy of the current code.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: launch/submit.sh [--dry-run] [OPTION OF SBATCH]... KIND [ARGUMENT]...
 
-KIND is train, sweep, shard, evaluate or command: launch/KIND.sbatch, whose first lines say what its
-arguments are. What sbatch needs is in launch/cluster.env; its options here come on top, each as one
-word (--nodes=2).
+KIND is train, sweep, shard, evaluate or command. The first lines of launch/KIND.sbatch describe its
+arguments. sbatch options come from launch/cluster.env; those given here are added, each as one word
+(--nodes=2).
 
-The code is copied, so that later changes do not reach a job that waits, and a script is left that
-submits the same job again: for a training in its run folder, for others in a folder below
-$RUNS/jobs. The log is there, too. The job's number is all that goes to stdout.
+The code is copied, so later changes do not affect a waiting job. The copy, the log and resubmit.sh,
+which submits the same job again, are in the run folder of a training, or in a folder below $RUNS/jobs
+for other jobs. Only the job number goes to stdout.
 
-  --dry-run  print what would be submitted, and do nothing
+  --dry-run  print the sbatch command without submitting it
 END
 }
 
@@ -35,7 +35,7 @@ while [[ ${1:-} == -* ]]; do
             exit 0
             ;;
         --dry-run) dry=yes ;;
-        # the jobs that it waits for will be gone when this one is submitted again
+        # not kept for a resubmission, when the jobs to wait for no longer exist
         --dependency=* | --kill-on-invalid-dep=*) when+=("$1") ;;
         --job-name=*)
             name=${1#*=}
@@ -47,8 +47,8 @@ while [[ ${1:-} == -* ]]; do
 done
 kind=${1:-}
 [[ $kind =~ ^(train|sweep|shard|evaluate|command)$ ]] ||
-    fail "${kind:-nothing} is no kind of job; choose train, sweep, shard, evaluate or command (an" \
-        "option of sbatch is one word, such as --nodes=2)"
+    fail "unknown job ${kind:-(none given)}; choose train, sweep, shard, evaluate or command (write each" \
+        "sbatch option as one word, such as --nodes=2)"
 shift
 [ -e launch/cluster.env ] ||
     fail "copy launch/cluster.env.example to launch/cluster.env and edit it"
@@ -62,14 +62,14 @@ case $kind in
         folder=$(run_folder "$@")
         ;;
     shard)
-        [[ ${1:-} =~ ^(imagenet|ood)$ ]] || fail "name what to pack, imagenet or ood"
+        [[ ${1:-} =~ ^(imagenet|ood)$ ]] || fail "choose what to pack: imagenet or ood"
         name=${name:-shard-$1}
         ;;
     sweep)
         [ -z "$(option --run-dir "$@")$(option --run "$@")$(option --seed "$@")" ] ||
-            fail "the tasks of a sweep have a folder and a seed of their own"
+            fail "a sweep sets the run folder and the seed of each task; omit --run-dir and --seed"
         ;;
-    command) [[ ${1:-} =~ ^(python|torchrun)$ ]] || fail "name a command of python or torchrun" ;;
+    command) [[ ${1:-} =~ ^(python|torchrun)$ ]] || fail "the command must start with python or torchrun" ;;
     evaluate) [ $# != 0 ] || fail "name at least one run to evaluate" ;;
 esac
 folder=${folder:-$(realpath -m "$RUNS/jobs/${name:-$kind}-$(date +%Y%m%d-%H%M%S)-$$")}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write licenses.md: the licence of every package of the lock files, as its own metadata names it.
-# Usage: requirements/licenses.sh BIN    where BIN holds uv and pip-licenses of the development environment
+# Write licenses.md: the licence of every package in the lock files, from its metadata.
+# Usage: requirements/licenses.sh BIN    (BIN: the folder of the development environment's uv and pip-licenses)
 set -euo pipefail
 bin=$(realpath "$1")
 cd "$(dirname "$0")"
@@ -10,7 +10,7 @@ table() { PYTHONPATH=$absent "$bin/pip-licenses" --with-system --from=mixed --fo
 
 absent=$(mktemp -d)
 trap 'rm -rf "$absent"' EXIT
-# packages of other systems and of extras are not in the environment: unpacked for their metadata alone
+# packages of extras and other systems are not in the environment; unpack them for their metadata
 mapfile -t missing < <(comm -13 <("$bin/uv" pip freeze -q --python "$bin/python" | sort) \
     <(pins run.txt extras.txt dev.txt))
 [ ${#missing[@]} = 0 ] ||
@@ -20,7 +20,7 @@ mapfile -t run < <(pins run.txt)
 mapfile -t extras < <(comm -13 <(pins run.txt) <(pins extras.txt))
 mapfile -t dev < <(comm -13 <(pins run.txt extras.txt) <(pins dev.txt))
 {
-    echo "# Licences of what rft depends on"
+    echo "# Licences of rft's dependencies"
     echo
     echo "Written by \`make licenses\` from the metadata of the releases in requirements/*.txt. rft itself is"
     echo "under [Apache-2.0](../LICENSE). What needs attention: [docs/security.md](../docs/security.md#supply-chain)."

@@ -1,4 +1,4 @@
-"""Small things that many tests need."""
+"""Utilities shared by many tests."""
 
 import contextlib
 import gc
@@ -36,13 +36,13 @@ from tests.slowness import (  # noqa: F401
     pytest_terminal_summary,
 )
 
-# as a command does; functions that tests call themselves log too
+# as in a command; functions that tests call themselves log too
 log.setup()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Iterator[None]:
-    """Skip tests of what this machine lacks; fixtures are what finds out."""
+    """Skip tests that need something this machine lacks; fixtures detect it."""
     try:
         return (yield)
     except NotHereError as reason:
@@ -51,21 +51,21 @@ def pytest_runtest_setup() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Skip as above, where the test itself finds out."""
+    """Skip as above if the test itself detects it."""
     try:
         return (yield)
     except NotHereError as reason:
         pytest.skip(str(reason))
 
 
-# a remote store without a server; no product code opens it, see tests/storage/test_urls.py
+# a remote store without a server; product code never opens it, see tests/storage/test_urls.py
 urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
 
-# the tensors are tiny: more threads only wait for each other, and for the processes of other tests
+# the tensors are tiny: more threads only wait for each other and for other tests' processes
 torch.set_num_threads(1)
 
-# started by a script in the background, or by nohup, they would ignore these signals, and so would
-# all that they start
+# if a script or nohup started the tests in the background, they and their children would ignore
+# these signals
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
@@ -110,7 +110,7 @@ def build_model(seed: int = 0, classes: int = 5) -> Classifier:
 
 
 TEMPLATES = ("a {c}", "the {c}", "{c}")
-NAMES = ("red", "green", "blue", "grey", "a blue grey")  # the last makes the longest prompts
+NAMES = ("red", "green", "blue", "grey", "a blue grey")  # the last one makes the longest prompt
 VOCABULARY = ("", "<start>", "a", "the", "red", "green", "blue", "grey", "<end>")
 
 
@@ -127,12 +127,12 @@ def build_clip(seed: int = 0) -> PretrainedClip:
 
 
 def build_texts(method: MethodConfig) -> Texts:
-    """What a method needs beside the models of `build_model`, of the tiny CLIP."""
+    """The inputs of a method beside the models of `build_model`, from the tiny CLIP."""
     return texts.build(build_clip(), NAMES, TEMPLATES, method)
 
 
 def sharpen(model: Classifier) -> Classifier:
-    """Let the last layer tell patches apart: its maps differ, and GradCAM has negative values."""
+    """Make the last layer distinguish patches: its maps differ, and GradCAM has negative values."""
     with torch.no_grad():
         attention = model.visual.transformer.resblocks[-1].attn
         attention.in_proj_weight[: 2 * attention.embed_dim] *= 8  # queries and keys
@@ -174,7 +174,7 @@ def train(tiny_data, tiny_clip, tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Run a command line in this process; return its one line of complaint."""
+    """Run a command line in this process; return its one-line error."""
 
     def run(command, *arguments: object, **variables: str) -> str:
         capsys.readouterr()
@@ -193,7 +193,7 @@ def refused(monkeypatch, capsys):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Let stdout and stderr be one terminal; what the context yields returns what it shows."""
+    """Make stdout and stderr one terminal; the context yields a function that reads it."""
 
     @contextlib.contextmanager
     def open_terminal(columns: int):
@@ -223,7 +223,7 @@ def terminal(monkeypatch):
 
 @pytest.fixture
 def disagreeing(monkeypatch):
-    """Let the other rank have found something else wherever `what` is compared."""
+    """Let the other rank have a different value wherever `what` is compared."""
 
     def on(what: str) -> None:
         real = dist.require_agreement
@@ -241,17 +241,17 @@ def disagreeing(monkeypatch):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # these wait for minutes; begun last, they would end alone
+    # these wait for minutes; started last, they would run alone at the end
     waiting = Path(__file__).parent / "launch"
     items.sort(key=lambda item: not item.path.is_relative_to(waiting))
 
 
 def pytest_collection_finish() -> None:
-    """Keep what all imports made out of every later collection of garbage."""
+    """Exclude the objects of all imports from later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Let libraries that count their objects at exit find them."""
+    """Restore them for libraries that count their objects at exit."""
     gc.unfreeze()

@@ -1,8 +1,8 @@
-"""Ranks as torchrun starts them, without the seconds in which each of them imports torch.
+"""Ranks like torchrun's, without the seconds in which each of them imports torch.
 
-`python -m tests.forked` imports what every rank needs and then forks ranks on request: a line of
-JSON on its standard input for each, answered by a line with the exit code. A fork has nothing of
-the tests' own process, only what a new process has after its imports.
+`python -m tests.forked` imports everything that ranks need and then forks ranks on request: each
+line of JSON on its standard input starts one, and is answered by a line with the exit code. A fork
+inherits only the state after these imports, and none from the tests' own process.
 """
 
 import gc
@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-# none of them is a command: runpy warns of a command that is imported already
+# none of them is a command: runpy warns of a command that is already imported
 PACKAGES = (
     "rft.clip.load",
     "rft.convert.exports",
@@ -27,13 +27,13 @@ PACKAGES = (
     "rft.train.loop",
     "rft.train.run",
 )
-SECONDS = 240  # until ranks are killed that do not end
-SECONDS_TO_STOP = 30  # after one of them failed, as with torchrun
+SECONDS = 240  # until ranks that do not end are killed
+SECONDS_TO_STOP = 30  # after one of them failed, as under torchrun
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to run and where; `output` and `errors` are files for what the ranks say."""
+    """The module to run and its location; `output` and `errors` are files for the ranks' output."""
 
     ranks: int
     words: tuple[str, ...]
@@ -50,7 +50,7 @@ def serve() -> None:
     """Answer requests until there are no more; in a forked rank, be that rank and return."""
     for name in PACKAGES:
         importlib.import_module(name)
-    gc.freeze()  # or each rank would look through, and so copy, all that was imported
+    gc.freeze()  # or each rank's garbage collection would visit, and so copy, all imported objects
     # not by iteration, which reads ahead
     while line := sys.stdin.readline():
         request = Request(**json.loads(line))
@@ -80,8 +80,8 @@ def become(rank: int, port: int, request: Request) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "forked"}
         os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(request.ranks))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # torch makes its pool of threads anew in a fork, at its first use; here, before several
-    # threads use it at once, which it does not expect
+    # in a fork, torch recreates its thread pool at first use; do it here, before several threads
+    # use it at once, which torch does not support
     import torch
 
     torch.set_num_threads(torch.get_num_threads())

@@ -1,6 +1,6 @@
-"""Weights of one tiny CLIP, written the way other code writes its own.
+"""Weights of one tiny CLIP in the formats of third-party code.
 
-The towers are as OpenAI's are (QuickGELU, heads 64 wide): most of that code builds no others.
+The towers are OpenAI's (QuickGELU, heads 64 wide), which most of that code requires.
 """
 
 import json
@@ -33,7 +33,7 @@ CONFIG = {
         "layers": 1,
     },
 }
-# same shapes, so only the activation can tell them apart
+# same shapes, so only the activation distinguishes them
 GELU_NAME, GELU_CONFIG = "ViT-tiny-4", {k: v for k, v in CONFIG.items() if k != "quick_gelu"}
 OTHER_NAME = "ViT-tiny-8-quickgelu"
 OTHER_CONFIG = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "patch_size": 8}}
@@ -42,7 +42,7 @@ CLASSES = 4
 
 @pytest.fixture
 def known_models(monkeypatch):
-    """Lets open_clip know the tiny models by name."""
+    """Registers the tiny models in open_clip by name."""
     configs = {NAME: CONFIG, GELU_NAME: GELU_CONFIG, OTHER_NAME: OTHER_CONFIG}
     for name, config in configs.items():
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
@@ -84,7 +84,7 @@ def write_openai(path: Path, seed: int = 0) -> CLIP:
 
 
 def write_open_clip_checkpoint(path: Path, seed: int = 0, prefix: str = "module.") -> None:
-    """What open_clip's training script saves after an epoch."""
+    """The file that open_clip's training script saves after an epoch."""
     model = build_clip(seed)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
@@ -93,13 +93,13 @@ def write_open_clip_checkpoint(path: Path, seed: int = 0, prefix: str = "module.
 
 
 def write_released(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """What the released code saves, with an optimizer and torch 1.11's scheduler in it."""
+    """The file that the released code saves, with an optimizer and torch 1.11's scheduler."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     schedule = OneCycleLR(optimizer, max_lr=1.0, total_steps=10).state_dict()
-    # that version kept the function itself
+    # that version stored the function itself
     schedule |= {"anneal_func": OneCycleLR._annealing_cos, "_schedule_phases": [{"end_step": 3.0}]}
     rename = {"visual.": "backbone.", "head.": "classifier."}
     content = {
@@ -132,13 +132,13 @@ def renamed(state: dict, prefixes: dict[str, str]) -> dict:
 
 
 def leftovers(prefix: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What is left of the text tower once its transformer is deleted."""
+    """The rest of the text tower after its transformer is deleted."""
     text = {k: v for k, v in build_clip(seed).state_dict().items() if not k.startswith("visual.")}
     return {f"{prefix}{k}": v for k, v in text.items() if not k.startswith("transformer.")}
 
 
 def write_wise_ft(path: Path, state: dict[str, torch.Tensor], *, normalize: bool = True) -> None:
-    """A whole ImageClassifier, pickled: its classes live in modules that only exist meanwhile."""
+    """A complete ImageClassifier, pickled, with classes in modules that exist only meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         modules = wise_ft_modules()
         for name, module in modules.items():
@@ -203,7 +203,7 @@ def wise_ft_modules() -> dict[str, types.ModuleType]:
 
 
 def plant(root: type[nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
-    """A tree of modules that holds these parameters, with the classes clip.model would use."""
+    """A tree of modules that holds these parameters, with the classes of clip.model."""
     classes = sys.modules["clip.model"]
     kinds = {
         "visual": classes.VisionTransformer,
@@ -222,7 +222,7 @@ def plant(root: type[nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
             if step not in node._modules:
                 kind = classes.ResidualAttentionBlock if step.isdigit() else kinds.get(step)
                 made = nn.Module.__new__(kind or nn.Linear)
-                nn.Module.__init__(made)  # their own constructors would make parameters
+                nn.Module.__init__(made)  # their own constructors would create parameters
                 node.add_module(step, made)
             node = node._modules[step]
         node.register_parameter(leaf, nn.Parameter(value.clone()))

@@ -1,4 +1,4 @@
-"""Ranks that meet and wait until a file is there, started by tests/test_safety.py."""
+"""Ranks that meet and wait for a file, started by tests/test_safety.py."""
 
 import sys
 import time

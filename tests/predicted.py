@@ -1,4 +1,4 @@
-"""Predictions that no model made."""
+"""Synthetic predictions without a model."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from rft.runs.predictions import Predictions
 
 
 def evaluated(correct: int, manifest: str = "0" * 64, total: int = 10) -> Evaluated:
-    """So many images, of which some are predicted right."""
+    """So many images, some of them predicted correctly."""
     wrong_N = np.arange(total) >= correct
     rows = Predictions(
         key=np.array([f"image{n}" for n in range(total)]),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run `make quick` with the packages of requirements/LOCK.txt on each of the named Pythons that is
-# found, on PATH or in pyenv; each has an environment of its own, build/LOCKX.Y, of some gigabytes.
-# Usage: tests/pythons.sh LOCK VERSION...    PYTHONS="3.12 3.13" names other versions.
+# Run `make quick` with the packages of requirements/LOCK.txt on each named Python that is found on PATH
+# or in pyenv. Each has its own environment, build/LOCKX.Y, of some gigabytes.
+# Usage: tests/pythons.sh LOCK VERSION...    PYTHONS="3.12 3.13" selects other versions.
 set -euo pipefail
 lock=$1
 shift

@@ -1,6 +1,6 @@
-"""What a reproduction's report must hold: `python -m tests.reproduction DIR` fails if a row lacks.
+"""Contents of a reproduction's report: `python -m tests.reproduction DIR` fails if a row lacks.
 
-Reads the files that people read, not what wrote them.
+Reads the files for people, independently of the code that wrote them.
 """
 
 import csv
@@ -17,7 +17,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def missing(report: Path) -> list[str]:
-    """Return what of the paper's Tables 1 and 3 and Fig. 7 a report does not have."""
+    """List the rows of the paper's Tables 1 and 3 and Fig. 7 that a report lacks."""
     rows = [cells(line) for line in (report / "paper.md").read_text().splitlines()]
     here = {row[0]: row[2:] for row in rows if row[1:2] == ["here"]}
     theirs = [row[2:] for row in rows if row[1:2] == ["paper"]]
@@ -33,7 +33,7 @@ def missing(report: Path) -> list[str]:
 
 
 def missing_later(report: Path) -> list[str]:
-    """Return which systems of the later suite a report does not have."""
+    """List the systems of the later suite that a report lacks."""
     # WiSE at its authors' own alpha
     merged = [f"{name}-0.5" if "wise" in name else name for name in SUITE_MERGED]
     with (report / "table.csv").open() as stream:

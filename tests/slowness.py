@@ -1,7 +1,7 @@
-"""`pytest --check-slow`: are the tests without the mark `slow` as quick as `make quick` needs them?
+"""`pytest --check-slow`: check that tests without the mark `slow` are fast enough for `make quick`.
 
-Of use on a machine that does nothing else; a test run itself never judges by a clock. A fixture
-that tests share is no time of the test that happens to make it, and has a limit of its own.
+Useful on an idle machine; a normal test run never depends on a clock. Shared fixtures do not count
+for the test that happens to create them, and have their own limit.
 """
 
 import time
@@ -51,7 +51,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def too_slow(reports: list[pytest.TestReport]) -> Iterator[str]:
-    """Name what is above its limit, with its seconds."""
+    """Name tests above the limit, with their seconds."""
     for report in reports:
         if report.when != "call" or "slow" in report.keywords:
             continue

@@ -39,7 +39,7 @@ IMAGES = 20
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as benchmarks.loader prepares it, with twenty photographs."""
+    """A folder as prepared by benchmarks.loader, with twenty photographs."""
     root = tmp_path_factory.mktemp("work")
     labels = photos.write(root / "photos", IMAGES)
     for encoding in ("original", "pixels"):
@@ -102,7 +102,7 @@ def test_contenders_deliver_the_same_pixels(work, name):
     batches.close()
     assert seen <= expected
     assert len(seen) > IMAGES / 2
-    # rft reads every sample once an epoch; who draws at random does not
+    # rft reads every sample once per epoch; random draws do not
     assert not name.startswith("rft") or seen == expected
 
 
@@ -328,7 +328,7 @@ def test_an_environment_that_is_not_there_says_why(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_package_that_does_not_install_leaves_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(environments, "BUILD", tmp_path / "environments")
-    # a requirement that pip refuses before it asks any index
+    # a requirement that pip refuses before it contacts an index
     packages = (f"nothing @ file://{tmp_path}/absent-1.0-py3-none-any.whl",)
     monkeypatch.setitem(environments.PACKAGES, "nothing", packages)
     environments.install("nothing")

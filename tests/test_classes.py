@@ -1,4 +1,4 @@
-"""Which classes a head or a set has: compared by identity, never by number."""
+"""The classes of a head or a set are compared by identity, never by number."""
 
 import json
 import unicodedata
@@ -44,7 +44,7 @@ def test_only_the_same_order_agrees(names, data):
         (of("a b c", "A B C"), of("a b", "A B"), 2),
         (of("a b", "A B"), of("", "A B"), None),  # a manifest without ids: names decide
         (of("", "B A"), of("a b", "A B"), 0),
-        (of("a b", "A B"), of("a b", "A Bee"), None),  # a class that was renamed
+        (of("a b", "A B"), of("a b", "A Bee"), None),  # a renamed class
         (of("a b", "A B"), of("a bee", "A B"), None),
         (of("a b", "A B"), of("a bee", "A Bee"), 1),
         (of("a b", "A B"), of("a bee", "Ae B"), None),  # each class keeps one of the two
@@ -52,14 +52,14 @@ def test_only_the_same_order_agrees(names, data):
         (of("0 1 2", "red green blue"), of("0 1 2", "car bus boat"), 0),
         (of("0 1 2", "red green blue"), of("0 1 2", "red green navy"), 2),
         (of("0 1 2", "red green blue"), of("1 2 3", "red green blue"), 0),
-        # a name of two classes that was told apart has not moved
+        # an unambiguous new name of two equal ones has not moved
         (of("a b", "crane crane"), of("a b", "crane heron"), None),
         (of("a b c", "crane crane X"), of("a b c", "crane X crane"), 1),
-        # equal ids with exchanged names, and the reverse: one of the two lists lies
+        # equal ids with exchanged names, and the reverse: one of the two lists is wrong
         (of("0 1", "cat dog"), of("0 1", "dog cat"), 0),
         (of("0 1", "cat dog"), of("1 0", "cat dog"), 0),
         (of("a b c", "A B C"), of("a b c", "A C D"), 1),
-        # two classes of one name, as ImageNet's missile: the ids decide
+        # two classes with one name, like ImageNet's missile: the ids decide
         (of("a b", "missile missile"), of("b a", "missile missile"), 0),
         (of("a b", "missile missile"), of("a b", "missile missile"), None),
     ],

@@ -1,4 +1,4 @@
-"""How a command ends: a line and an exit code, whatever its streams and environment are."""
+"""How a command ends: one line and an exit code, for any streams and environment."""
 
 import logging
 import os
@@ -163,7 +163,7 @@ def test_an_environment_that_torchrun_never_makes(monkeypatch, capsys, variables
 
 
 def test_ranks_that_are_told_no_meeting_place(monkeypatch):
-    """As where RANK and WORLD_SIZE are left of an srun."""
+    """As if RANK and WORLD_SIZE were left over from an srun."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
     world = dist.World(rank=0, size=4, local_rank=0, local_size=1)
@@ -195,7 +195,7 @@ def test_ranks_that_cannot_meet(monkeypatch):
     ],
 )
 def test_no_terminal_is_too_narrow_or_too_wide(monkeypatch, columns, terminals, kept):
-    """Below 5 columns tyro's --help has no end; of 10^9, a line alone is gigabytes."""
+    """Below 5 columns tyro's --help never ends; with 10^9, a single line has gigabytes."""
 
     def size(stream: int) -> os.terminal_size:
         if stream >= len(terminals):
@@ -220,7 +220,7 @@ RANK = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "
     [
         ({}, True),
         ({"TORCHELASTIC_ERROR_FILE": "{folder}/error.json"}, True),
-        # left behind in a shell, so no other process prints the line
+        # left over in a shell, so no other process prints the line
         ({"TORCHELASTIC_ERROR_FILE": "{folder}/gone/error.json"}, False),
         *(({"TORCHELASTIC_ERROR_FILE": path}, False) for path in ("error.json", "")),
         ({"TORCHELASTIC_ERROR_FILE": None}, True),

@@ -1,4 +1,4 @@
-"""`rft COMMAND`: what it lists, what it starts, and one line for a mistake or an interruption."""
+"""`rft COMMAND`: its list, its child processes, and one line for a mistake or an interruption."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ from rft import cli, commands, entry
 from rft.entry import main
 from tests import tiny
 
-# what the installed `rft` does
+# the call made by the installed `rft`
 START = "from rft.entry import main; main()"
 EVERY = [
     *(one for one in commands.COMMANDS.values() if isinstance(one, commands.Command)),
@@ -27,7 +27,7 @@ EVERY = [
 
 @pytest.fixture
 def rft(monkeypatch, capsys):
-    """Run `rft WORD...` in this process; return its exit code and what it printed."""
+    """Run `rft WORD...` in this process; return its exit code and output."""
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["rft", *words])
@@ -37,7 +37,7 @@ def rft(monkeypatch, capsys):
             main()
         except SystemExit as stopped:
             code = stopped.code if isinstance(stopped.code, int) else 0
-        # it is set for the whole of a process, which here goes on with other tests
+        # it is set for the complete process, which continues with other tests
         os.environ.pop(commands.STARTED, None)
         return code, *capsys.readouterr()
 
@@ -128,7 +128,7 @@ def test_next_steps_have_the_name_that_was_used(monkeypatch):
     assert cli.next_step(words) == "next: python -m rft.evaluate runs/a --data d"
     assert "torchrun" in cli.next_step(words, on_gpus=True)
     monkeypatch.setenv(commands.STARTED, "rft train")
-    # it starts a rank for each GPU by itself
+    # it starts one rank per GPU by itself
     for ranks in (1, 8):
         assert cli.next_step(words, ranks=ranks) == "next: rft evaluate runs/a --data d"
     assert "torchrun" not in cli.next_step(words, on_gpus=True)
@@ -213,7 +213,7 @@ def test_a_mistyped_option_is_answered_with_the_right_one(rft):
     assert "did you mean --loader.batch-size?" in errors
 
 
-# Ctrl-C while a module is imported: an event, and no moment of a clock
+# Ctrl-C while a module is imported: an event instead of a time
 INTERRUPTING = """
 import os, signal, sys
 
@@ -253,19 +253,19 @@ def test_an_interruption_of_a_module_is_one_line():
 
 @contextlib.contextmanager
 def training(run: Path, data: Path, clip: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a training on two ranks that takes long; kill what is left of it."""
+    """Start a long training on two ranks; kill its remaining processes."""
     options = tiny.training("vanilla", data, clip, run, "--optim.epochs", 5000)
     process = start("train", "--ranks", "2", *options)
     try:
         yield process
     finally:
-        # it ends its ranks, which are no part of its process group
+        # it ends its ranks, which are not in its process group
         process.terminate()
         process.communicate()
 
 
 def wait_for(stream, text: str) -> str:
-    """Read lines until one has the text."""
+    """Read lines until one contains the text."""
     for line in stream:
         if text in line:
             return line

@@ -1,4 +1,4 @@
-"""Configurations check themselves and survive JSON."""
+"""Configurations validate themselves and survive JSON."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_adamws_numbers_are_the_papers():
     assert (optim.schedule, optim.clip, optim.accumulate) == ("cosine", "step", 1)
 
 
-# recipe -> mask, fill, and the threshold or rate that the released code's example script names
+# recipe -> mask, fill, and the threshold or rate in the released code's example script
 SETTINGS = {
     "no-mask": ("none", "none", None),
     "random-mask-no-fill": ("random", "none", 0.75),
@@ -210,7 +210,7 @@ def test_a_record_of_before_an_option_has_its_default():
     whole = config.to_dict()
     whole["optim"].pop("clip")
     assert settings(whole) == settings(config.to_dict())
-    # without a known option it is what it was, and what is not known is kept
+    # without a known option it keeps its value, and unknown options are kept
     assert completed({"merged_from": [1], "method": 3}) == {"merged_from": [1], "method": 3}
     assert completed({"optim": {"later": 1}})["optim"]["later"] == 1
 
@@ -249,7 +249,7 @@ def test_patterns_of_frozen_weights_are_part_of_the_identity_and_survive_json(tm
     assert frozen.identity() != config.identity()
     path = str(tmp_path / "config.json")
     files.write_json(path, frozen.to_dict())
-    # of a recorded run and of one that is made now, whose lists are of one kind
+    # of a recorded run and of one created now, whose lists have the same type
     assert files.read_document(path, Config).identity() == frozen.identity()
     assert settings(files.read_json(path)) == settings(frozen.to_dict())
 

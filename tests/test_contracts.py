@@ -1,4 +1,4 @@
-"""What the import contracts of pyproject.toml cannot say of themselves."""
+"""Properties that the import contracts of pyproject.toml cannot express."""
 
 import ast
 import tomllib
@@ -22,7 +22,7 @@ def test_the_method_may_import_no_room_but_two():
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["tests", "tools"])
 def test_what_starts_a_command_is_imported_by_nothing(folder):
-    """lint-imports sees to rft and benchmarks."""
+    """lint-imports covers rft and benchmarks."""
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_bytes())):
             names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]

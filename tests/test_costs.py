@@ -1,4 +1,4 @@
-"""Small inputs that would cost much: refused in a line, before memory or time is spent."""
+"""Small inputs that would cost much are refused in one line, before memory or time is spent."""
 
 import dataclasses
 import gzip
@@ -43,7 +43,7 @@ def packed(tmp_path) -> Path:
 
 
 def rewrite(packed: Path, **columns) -> Index:
-    """Change columns of an index; the manifest fits it."""
+    """Change columns of an index and update the manifest."""
     manifest = Manifest.load(str(packed))
     index = dataclasses.replace(Index.read(str(packed), manifest), **columns)
     data = index.to_bytes()
@@ -84,7 +84,7 @@ def test_a_sparse_file_of_gigabytes_is_not_read(tmp_path):
 
 
 def test_readers_have_the_same_limit(packed):
-    """It is compared when a set is opened, and again with each file."""
+    """It is compared when a set is opened, and again for each file."""
     largest = max(Image.open(path).size for path in (packed.parents[1] / "images").rglob("*.*"))
     millions = largest[0] * largest[1] / 1e6
     PackedDataset(str(packed), max_pixels=0.01).image(0, 16)
@@ -92,7 +92,7 @@ def test_readers_have_the_same_limit(packed):
         PackedDataset(str(packed), max_pixels=millions - 1e-6)
     with pytest.raises(ValueError, match=r"has .* bytes, more than 4 for each|largest image"):
         PackedDataset(str(packed), max_pixels=1e-6)
-    # an index that says less than its files
+    # an index that understates its files
     index = Index.read(str(packed), Manifest.load(str(packed)))
     rewrite(packed, width=np.ones_like(index.width))
     lying = PackedDataset(str(packed), max_pixels=millions - 1e-6)
@@ -130,7 +130,7 @@ def test_huge_files_of_a_batch_are_read_some_at_a_time(packed, monkeypatch):
 
 
 def test_lengths_beyond_the_file_are_not_allocated(packed):
-    """The manifest agrees that the shard is so long."""
+    """The manifest agrees with the size of the shard."""
     manifest = Manifest.load(str(packed))
     long = dataclasses.replace(manifest.shards[0], bytes=2**40)
     dataclasses.replace(manifest, shards=(long,)).save(str(packed))
@@ -191,7 +191,7 @@ def test_a_folder_in_place_of_a_shard(tmp_path):
 
 @pytest.mark.slow
 def test_many_thousand_shards(tmp_path):
-    """Nothing that reads a set compares each shard with all others: here are 30,000."""
+    """No reader of a set compares each shard with all others: here are 30,000."""
     count, began = 30_000, time.process_time()
     shards = tuple(
         Shard(name=f"{n:06d}.tar", bytes=10240, sha256=f"{n:064x}", samples=2) for n in range(count)
@@ -251,13 +251,13 @@ def test_a_folder_without_bottom(tmp_path):
 def test_runs_below_a_folder_have_an_end(tmp_path, monkeypatch):
     deep = tmp_path / "/".join(40 * "x")
     deep.mkdir(parents=True)
-    with pytest.raises(ValueError, match="lies too deep for a run folder"):
+    with pytest.raises(ValueError, match="is nested too deep for a run folder"):
         runs.find_runs([tmp_path])
     for name in "abc":
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").touch()
     monkeypatch.setattr(runs, "RUNS", 2)
-    with pytest.raises(ValueError, match="3 run folders were found; report on 2 at a time"):
+    with pytest.raises(ValueError, match="found 3 run folders; the limit of a report is 2"):
         runs.find_runs([tmp_path / "runs"])
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of what methods cost: every recipe has a row, and takes the loop's own step."""
+"""The benchmark of methods' costs: every recipe has a row, and takes the loop's own step."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def test_a_new_recipe_is_measured(monkeypatch, table):
     rest = dict.fromkeys(getattr(recipes, table))
     monkeypatch.setattr(recipes, table, {**rest, "new": new, "new-probe": probe})
     assert "new" in costs.cases()
-    assert "new-probe" not in costs.cases()  # it trains the head alone
+    assert "new-probe" not in costs.cases()  # it trains only the head
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_the_command_measures_some_and_saves_all(monkeypatch, tmp_path, capsys):
 
 
 def test_wrong_options_are_one_line(refused, monkeypatch, tmp_path):
-    # should a mistake pass, what it saves is no result
+    # if a mistake passes, nothing must be saved as a result
     monkeypatch.setattr(costs, "RESULTS", tmp_path)
     monkeypatch.setattr(costs, "PAGE", tmp_path / "costs.md")
     assert "l2sp" in refused(costs, "--recipes", "l2sp")

@@ -1,4 +1,4 @@
-"""Copies to a GPU, checked by a recorder: pinned, non-blocking, and taken at once."""
+"""Copies to a GPU, checked by a recorder: pinned, non-blocking, sources reusable at once."""
 
 import types
 from functools import partial
@@ -80,7 +80,7 @@ def test_the_next_batch_may_be_written_at_once(copies, slots):
     slots.batch(5, item(4), unlocked(slots))
     slots.images(7).fill_(77)
     assert (slots.images(5) == 77).all(), "batches 5 and 7 have the same memory"
-    # the GPU may only now come to read it
+    # the GPU may read it as late as here
     assert (copies[0].source == 5).all()
 
 

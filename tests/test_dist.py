@@ -1,4 +1,4 @@
-"""Which device a rank takes, and that ranks which disagree are stopped before any work."""
+"""The device of a rank, and that disagreeing ranks are stopped before any work."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ ALONE = World(rank=0, size=1, local_rank=0)
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Let torch see so many GPUs; returns the list of those that were made current."""
+    """Simulate so many GPUs in torch; return the list of those that were made current."""
     current = []
 
     def let_see(count: int) -> list:

@@ -155,7 +155,7 @@ def test_the_page_on_architecture_has_every_make_target():
 
 
 def named_functions(page: str) -> list[tuple[Path, str]]:
-    """Every `file: function, function` and every `file` that a page names; no function is ""."""
+    """Every `file: function, function` and `file` on a page; without a function the name is ""."""
     found = []
     for path, names in re.findall(
         r"`((?:rft|tests|launch)/[\w/]+\.(?:py|sh))(?:: ([\w, ]+))?`", (ROOT / page).read_text()

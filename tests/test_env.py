@@ -1,4 +1,4 @@
-"""What `python -m rft.env` says, and that it sees a mixture of Pillow and Pillow-SIMD."""
+"""The output of `python -m rft.env`, including for a mixture of Pillow and Pillow-SIMD."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_a_mixture_is_seen(imported, installed, problem):
 
 
 def test_both_packages_over_each_other_end_with_one_line(tmp_path, monkeypatch, capsys):
-    """A second package's metadata in front of the real one, as pip leaves it."""
+    """A second package's metadata before the real one, as left by pip."""
     folder = tmp_path / "pillow_simd-12.1.1.post0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Name: pillow-simd\nVersion: 12.1.1.post0\n")

@@ -1,4 +1,4 @@
-"""The plan covers the paper, its commands are real, and all of them together give its tables."""
+"""The plan covers the paper, its commands are real, and together they give its tables."""
 
 import os
 import re
@@ -104,7 +104,7 @@ def test_the_report_waits_for_everything(plan):
 
 @pytest.fixture
 def parsed():
-    """What a command line is parsed to, as its own `main` would."""
+    """Parse a command line like its own `main`."""
 
     def parse(command: tuple[str, ...]):
         launcher, flag, module, *options = command
@@ -138,7 +138,7 @@ def test_the_commands_are_those_of_the_real_command_lines(parsed, scale, preset)
         if module == "rft.merge" and one.command[3] == "wise":
             assert arguments.merge.alpha == recipes.ALPHAS
             assert arguments.merge.end_weights == ("best" if preset == "paper" else "last")
-        # the others are not made for several ranks
+        # the others do not support several ranks
         assert (launcher == "python") == (
             module == "rft.report" or one.command[3] in ("wise", "uniform-soup")
         )
@@ -186,7 +186,7 @@ def test_every_method_that_came_later_is_compared_on_equal_terms():
             like = ("--like", f"runs/post-2023/{name}-choice.json")
             command = found[f"{name}-seed{seed}"].command
             assert (command[-2:] == like) == bool(declared)
-    # none of its runs is the paper's suite's, whose settings may differ
+    # none of its runs belongs to the paper's suite, whose settings may differ
     assert not {one.name for one in experiments(PAPER) if one.makes} - {"report"} & {
         path.removeprefix("runs/") for one in found.values() for path in one.makes
     }
@@ -275,7 +275,7 @@ def test_mistakes_are_one_line(options, message, monkeypatch, capsys):
 
 def script(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "launch" / "reproduce.sh"), *options]
-    # where there is no .venv it takes the first Python, as of an activated environment
+    # without a .venv it takes the first Python, as in an activated environment
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
 
@@ -299,7 +299,7 @@ def test_the_first_failure_stops_with_one_line(capfd):
 
 @pytest.fixture(scope="module")
 def small_plan(tmp_path_factory) -> Study:
-    """The whole plan, on a twentieth of the miniature's images."""
+    """The complete plan, on a twentieth of the miniature's images."""
     folder = tmp_path_factory.mktemp("reproduction")
     write_world(folder / "world", scale=0.05)
     labels = LabelSpace.load(str(folder / "world" / "classes.json"))
@@ -326,7 +326,7 @@ def run_all(stages: list[Experiment], monkeypatch) -> None:
 
 
 def outcomes(plan: Study) -> dict[Path, int]:
-    """When all weights and results were written."""
+    """The times at which all weights and results were written."""
     kinds = ("*.safetensors", "results.json")
     found = [path for kind in kinds for path in Path(plan.runs).rglob(kind)]
     return {path: path.stat().st_mtime_ns for path in found}
@@ -342,7 +342,7 @@ def test_all_commands_together_give_the_papers_tables(small_plan, monkeypatch, t
     report = Path(small_plan.report)
     assert reproduction.missing(report) == []
     assert all(demo_command.is_done(stage, small_plan.data) for stage in stages)
-    # it can be taken into the documentation
+    # it can be copied into the documentation
     update = updater()
     monkeypatch.setattr(update, "ROOT", tmp_path)
     update.copy_report(report.parent, "report", "reproduction")
@@ -355,7 +355,7 @@ def test_all_commands_together_give_the_papers_tables(small_plan, monkeypatch, t
     run_all(stages, monkeypatch)  # again, and nothing is done
     assert outcomes(small_plan) == before
     assert reproduction.missing_later(report), "no method of the later suite was run"
-    # the check would see a row that is not there
+    # the check would notice a missing row
     table = (report / "paper.md").read_text()
     (report / "paper.md").write_text(table.replace("| lp-ft | here", "| lp | here"))
     assert reproduction.missing(report) == ["lp-ft in paper.md"]
@@ -373,7 +373,7 @@ def test_all_commands_of_the_later_suite_give_its_table(small_plan, monkeypatch)
     before = outcomes(plan)
     run_all(stages, monkeypatch)  # again, and nothing is done
     assert outcomes(plan) == before
-    # a choice among other weights is none among these
+    # a choice among other weights does not count among these
     chosen = next(one for one in stages if one.name.endswith("-choice"))
     (Path(plan.at(chosen.after[0])) / filenames.SELECTED).unlink()
     assert not demo_command.is_done(chosen, plan.data)

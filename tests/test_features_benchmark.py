@@ -1,4 +1,4 @@
-"""The benchmark of kept features measures trainings that keep some, and trainings that do not."""
+"""The benchmark of kept features measures trainings with and without them."""
 
 import pytest
 

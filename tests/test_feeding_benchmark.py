@@ -1,4 +1,4 @@
-"""The sizing table: what its numbers are made of, and ranks that wait as long as it predicts."""
+"""The sizing table: the basis of its numbers, and ranks that wait as long as it predicts."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_ranks_take_different_images_of_each_batch(pixels):
 
 
 def test_a_consumer_takes_no_more_than_it_computes(pixels):
-    # a batch in a second, and a measurement ends with the batch that is under way
+    # one batch per second, and a measurement ends with the current batch
     answer = one_rank.take(request_of(pixels, images_per_second=10 * BATCH))
     assert answer.images == BATCH
     assert answer.seconds >= 0.1

@@ -1,4 +1,4 @@
-"""The GPU benchmark needs no GPU to be tried: every part runs on a CPU, and failures stay apart."""
+"""The GPU benchmark runs without a GPU: every part works on a CPU, failures stay separate."""
 
 import json
 import re
@@ -32,7 +32,7 @@ BROKEN = "tests"
 @pytest.mark.program
 @pytest.mark.timeout(3600)
 def test_a_rehearsal(tmp_path):
-    """The whole command on this CPU, in which one part meets a folder where it wants a file.
+    """The complete command on this CPU, with one part that finds a folder in place of a file.
 
     One test: as a fixture of several it would run once in each process of the tests.
     """
@@ -101,8 +101,8 @@ def ceilings_masks_resumption_and_evaluation_were_measured(parts):
     assert resume["group"]["backend"] == "gloo"
     for found in (resume["group"]["gradients"], resume["two_runs"], resume["resumed_run"]):
         assert found == {"bit_equal": True, "largest": 0, "largest_of_its_tensor": 0}
-    assert resume["stopped_after"] == 4  # asked in the step after the third
-    # of 72, those of the first forward are not: it waits for the loader to start
+    assert resume["stopped_after"] == 4  # requested in the step after the third
+    # of 72, excluding those of the first forward, which waits for the loader to start
     assert parts["evaluation"]["rft-rehearsal"]["images"] == 72 - 64
 
 
@@ -259,7 +259,7 @@ def test_a_command_that_is_ended_leaves_no_part_behind(tmp_path, number):
     pid = json.loads(record.read_text())["pid"]
     try:
         process.send_signal(number)
-        # the child of the part holds our pipe for as long as it lives
+        # the child of the part holds our pipe as long as it lives
         output = "" if number == signal.SIGKILL else process.communicate()[0]
         process.wait()
         until(lambda: not machine.is_alive(pid))
@@ -289,7 +289,7 @@ def test_a_ratio_lies_between_the_extremes_of_both_steps():
     ours = {"batch_size": 4, "seconds": 1.0, "fastest": 0.95, "slowest": 1.0}
     assert page.over(vanilla, vanilla) == "1"
     assert page.over(ours, {**vanilla, "fastest": 0.9, "slowest": 1.0}) == "2.00 (1.90 to 2.22)"
-    # half of its images, so twice the time for each
+    # half of its images, so twice the time per image
     assert page.over(ours, vanilla) == "1.52 to 2.50"
 
 
@@ -321,7 +321,7 @@ def test_a_batch_is_halved_until_two_steps_fit(monkeypatch, message):
     def build_steps(arguments, *_):
         def run() -> None:
             calls.append(arguments.batch_size)
-            # the optimizer's memory comes with the first step: the second is the one that fails
+            # the optimizer's memory is allocated in the first step, so the second one fails
             if arguments.batch_size > 16 and calls.count(arguments.batch_size) == 2:
                 raise RuntimeError(message)
 
@@ -346,7 +346,7 @@ def test_another_failure_is_no_matter_of_memory(monkeypatch):
 
 @pytest.fixture
 def result(tmp_path):
-    """Opens the result file of a rehearsal, as the next call does."""
+    """Opens the result file of a rehearsal, like the next call."""
 
     def open_it(**changes) -> command.Result:
         arguments = command.Arguments(
@@ -410,7 +410,7 @@ def test_how_a_call_ended(result):
     found.add("tests", outcome("failed", passed=0, failed=1, skipped=0))
     with pytest.raises(ValueError, match="failed: tests; reasons in"):
         found.require_measured(["chip", "tests"])
-    # what failed in an earlier call says nothing of this one
+    # a failure in an earlier call does not concern this one
     again = result()
     again.add("chip", outcome("done"))
     again.require_measured(["chip"])

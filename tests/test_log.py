@@ -1,4 +1,4 @@
-"""Log lines: time, rank and level, where they go, and what a terminal is shown."""
+"""Log lines: time, rank and level, their streams, and terminal output."""
 
 import contextlib
 import importlib.util
@@ -66,7 +66,7 @@ def test_a_second_setup_changes_nothing(capsys):
 
 @pytest.mark.slow
 def test_an_older_import_of_the_module_shows_no_line_twice(capsys):
-    """As in a process that imports rft anew (tools/plant_faults.py)."""
+    """As in a process that reimports rft (tools/plant_faults.py)."""
     spec = importlib.util.find_spec("rft.log")
     older = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(older)
@@ -181,7 +181,7 @@ def test_the_time_left_is_of_what_this_start_did(monkeypatch):
     now[0] = 90.0
     bar.show(920)
     assert bar.left == "0:02:40"  # 2 s a step, 80 steps
-    # an evaluation makes the rest longer
+    # an evaluation lengthens the rest
     now[0] = 50 + 40 * 40.0
     bar.show(940)
     assert bar.left == "0:40:00"
@@ -254,7 +254,7 @@ def test_a_mistake_on_a_terminal_is_a_line_without_colours():
 
 
 def on_a_terminal(*module_and_options: str) -> tuple[int, str]:
-    """The exit code of a module, and what it shows on a terminal of 80 columns."""
+    """The exit code of a module, and its output on a terminal of 80 columns."""
     master, slave = pty.openpty()
     variables = tiny_environment() | {"COLUMNS": "80", "LINES": "30"}
     command = [sys.executable, "-m", *module_and_options]

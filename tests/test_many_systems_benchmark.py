@@ -1,4 +1,4 @@
-"""The benchmark of many systems times the same models in four ways and divides as named."""
+"""The benchmark of many systems times the same models in four ways and divides as described."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""What commands print as the next one can be pasted: it parses, and where it is small it runs."""
+"""The `next:` commands can be pasted: they parse, and small ones run."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ SETS = ("imagenet-val", "imagenet-r", "imagenet-a")
 
 
 def next_words(printed: str, label: str = "next") -> list[str]:
-    """The words of the one command that was printed as the next, without `python` or torchrun."""
+    """The words of the single next command that was printed, without `python` or torchrun."""
     (line,) = [line for line in printed.splitlines() if line.startswith(f"{label}: ")]
     launcher, *words = shlex.split(line.removeprefix(f"{label}: "))
     assert launcher in ("python", "torchrun")
@@ -44,7 +44,7 @@ def next_words(printed: str, label: str = "next") -> list[str]:
 
 
 def parsed(words: list[str]):
-    """What the command's own parser makes of them."""
+    """The options as the command's own parser reads them."""
     module, *options = words
     return PARSERS[module](options)
 
@@ -103,7 +103,7 @@ def test_sets_are_those_of_the_data_root(tmp_path, tiny_data):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_data, tiny_clip) -> tuple[Path, str]:
-    """A working folder whose names have spaces, and what its last training printed at the end."""
+    """A working folder whose names have spaces, and the last lines of its last training."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(tiny_data, root / "my data")
     options = ("--data", "my data", "--scale", "miniature", "--model.clip", tiny_clip)
@@ -126,7 +126,7 @@ def folder(trained, tmp_path, monkeypatch) -> Path:
 
 
 def follow(printed: str, capsys) -> str:
-    """Run the next command as it was printed; return what it prints."""
+    """Run the next command as printed; return its output."""
     module, *options = next_words(printed)
     fewer = ("--workers", 0) if module == "rft.evaluate" else ()
     capsys.readouterr()
@@ -159,7 +159,7 @@ MERGES = {
 
 @pytest.mark.parametrize("made", MERGES)
 def test_from_a_merge_to_the_report(folder, capsys, made):
-    for _ in range(2):  # made, and there already
+    for _ in range(2):  # created now, and existing before
         capsys.readouterr()
         call(merge_command, *MERGES[made], "--out", "my runs/made")
         printed = capsys.readouterr().out

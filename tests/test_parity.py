@@ -1,4 +1,4 @@
-"""rft against the released code of each method, where a checkout exists; and the harness itself."""
+"""rft against the released code of each method, if a checkout exists; and the harness itself."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def method(name: str, difference: float) -> SimpleNamespace:
 
 @pytest.fixture
 def two(monkeypatch, tmp_path):
-    """Two methods, of which the first has a checkout, and results of their own."""
+    """Two methods, the first with a checkout, and their own results."""
     known = {"one": method("one", 2e-7), "two": method("two", 3e-7)}
     monkeypatch.setattr(parity, "methods", lambda: known)
     monkeypatch.setattr(parity, "RESULT", tmp_path / "parity.json")

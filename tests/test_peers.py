@@ -39,7 +39,7 @@ def test_rft_answers_the_probes_of_the_peers(tmp_path):
 @pytest.mark.slow
 def test_two_packings_differ_in_the_times_of_their_records_alone(tmp_path, monkeypatch):
     for name, tick in (("one", 0.5), ("two", 1.25)):
-        # a clock of our own: by a real one, two packings may take the same number of milliseconds
+        # a simulated clock: two real packings may take the same number of milliseconds
         clock = SimpleNamespace(monotonic=itertools.count(0, tick).__next__)
         monkeypatch.setattr(shard, "time", clock)
         PEER.pack(photographs(12), tmp_path / name)

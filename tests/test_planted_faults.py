@@ -1,4 +1,4 @@
-"""The table of planted faults fits the tree, and the tool that plants them tells what it found."""
+"""The table of planted faults fits the tree, and the tool that plants them reports its results."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ LARGEST_SHARE = 0.05  # of faults that no test can notice
 def load_tool():
     spec = importlib.util.spec_from_file_location("plant_faults", ROOT / "tools/plant_faults.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -50,7 +50,7 @@ def test_the_saved_result_is_the_tables_and_its_page_is_made_of_it():
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
-    """A repository of one function and one test."""
+    """A repository with one function and one test."""
     monkeypatch.setattr(tool, "HEAVY", ("hypothesis",))  # a plugin of pytest imports it anyway
     root = tmp_path / "tree"
     root.mkdir()
@@ -77,7 +77,7 @@ def test_faults_are_noticed_or_survive(tree):
     page = tool.to_markdown(tool.to_document(outcomes))
     assert "| sums | 2 | 1 | 1 |\n| all | 2 | 1 | 1 |" in page
     assert "| sums: f | sums.py | `test_add` |" in page
-    # the tree itself is as it was
+    # the original tree is unchanged
     assert "a + b  # and" in (tree / "sums.py").read_text()
 
 
@@ -89,7 +89,7 @@ def test_faults_are_noticed_or_survive(tree):
         ({"new": "a + b"}, "not once"),
         ({"file": "gone.py"}, "gone.py"),
         ({"tests": ()}, "names no test"),
-        ({"tests": ("test_other.py",)}, "there is no test_other.py"),
+        ({"tests": ("test_other.py",)}, "test_other.py does not exist"),
         ({"tests": ("test_sums.py::test_minus",)}, "test_sums.py has no test test_minus"),
     ],
 )

@@ -1,4 +1,4 @@
-"""In which order things reach the disk, so that a power cut or a kill leaves nothing half true."""
+"""The order in which files reach the disk: after a power cut or a kill, nothing is inconsistent."""
 
 import contextlib
 import os
@@ -49,7 +49,7 @@ def test_what_raises_leaves_the_file_as_it_was(tmp_path):
 
 @pytest.fixture
 def written(monkeypatch) -> list[str]:
-    """The names that files were given, in their order."""
+    """The names given to files, in order."""
     names = []
     publish = files.publish
 

@@ -1,4 +1,4 @@
-"""The ways that benchmarks.reader compares lead to the same batches, and its page to its result."""
+"""The variants of benchmarks.reader give the same batches, and its page matches its result."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The benchmark of the report's page makes runs that the report takes, and measures its page."""
+"""The benchmark of the report's page generates runs that the report accepts, and measures it."""
 
 import pytest
 
@@ -25,6 +25,6 @@ def test_a_small_report_is_measured(tmp_path):
     assert result["images"] >= len(TEST_SETS)
     assert {"differences.csv", "per_class.csv", "curves.svg"} <= result["file_bytes"].keys()
     page = (tmp_path / "report" / "index.html").read_text()
-    # two recipes more than there are: further settings of vanilla
+    # two more recipes than exist: further settings of vanilla
     assert "vanilla, lr " in page
     assert f"| 16 | {result['images']:,} |" in report_page.table(result)

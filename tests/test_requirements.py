@@ -1,4 +1,4 @@
-"""What rft depends on: bounds that are explained, locks that keep them, every file by its hash."""
+"""rft's dependencies: documented bounds, locks that satisfy them, every file by its hash."""
 
 import re
 import tomllib
@@ -14,7 +14,7 @@ from rft import env
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
-# what each lock of requirements/ was made for, beside rft's own dependencies
+# the purpose of each lock of requirements/, beside rft's own dependencies
 LOCKS = {
     "run": (),
     "extras": ("s3", "gcs", "azure", "wandb", "onnx"),
@@ -36,7 +36,7 @@ def direct(lock: str) -> dict[str, Requirement]:
 
 
 def entries(lock: str) -> list[str]:
-    """Requirements of a lock as pip reads them: continued lines joined, comments left out."""
+    """Requirements of a lock as pip reads them: continued lines joined, comments removed."""
     text = (ROOT / f"requirements/{lock}.txt").read_text().replace("\\\n", "")
     lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
@@ -46,13 +46,13 @@ def pinned(lock: str) -> dict[str, Requirement]:
     """The requirements of a lock, by name, without their hashes."""
     needs = [Requirement(HASH.sub("", entry).strip()) for entry in entries(lock)]
     found = {canonicalize_name(need.name): need for need in needs}
-    # several releases of a package are each for other Pythons or systems
+    # several releases of a package are each for different Pythons or systems
     assert all(n.marker for n in needs if found[canonicalize_name(n.name)] is not n)
     return found
 
 
 def release(need: Requirement) -> str:
-    """The one release that a requirement of the form NAME==RELEASE allows."""
+    """The single release permitted by a requirement NAME==RELEASE."""
     (specifier,) = need.specifier
     assert specifier.operator == "=="
     assert "*" not in specifier.version

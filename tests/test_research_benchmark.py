@@ -1,4 +1,4 @@
-"""The announced comparison of the research recipes: its statistics, and one run of its path."""
+"""The announced comparison of the research recipes: its statistics, and one run of its pipeline."""
 
 import pytest
 from scipy import stats
@@ -21,7 +21,7 @@ def test_differences_are_students_paired():
 
 
 def test_holms_correction():
-    # 4 x 0.01, 3 x 0.02, the larger of 2 x 0.02 and what came before, 1 x 0.9
+    # 4 x 0.01, 3 x 0.02, the larger of 2 x 0.02 and the previous one, 1 x 0.9
     found = research.holm({"a": 0.02, "b": 0.9, "c": 0.01, "d": 0.025})
     assert found == pytest.approx({"c": 0.04, "a": 0.06, "d": 0.06, "b": 0.9})
     assert research.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}

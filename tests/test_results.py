@@ -1,4 +1,4 @@
-"""Every saved result names what made it: commit, day, versions, processor and threads."""
+"""Every saved result has its provenance: commit, day, versions, processor and threads."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from benchmarks import machine
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
-# of the description, what a reader needs to have a result again
+# the part of the description that a reader needs to reproduce a result
 FIELDS = {"date", "commit", "code", "machine", "processor", "threads", "python", "versions"}
 # trees and areas with a commit each: tools/compare_versions.py, tools/plant_faults.py
 OF_SEVERAL_COMMITS = {"versions.json", "planted_faults.json"}
@@ -40,7 +40,7 @@ def test_a_description_has_every_field():
 
 @pytest.mark.slow
 def test_only_code_makes_a_commit_dirty(tmp_path, monkeypatch):
-    """A saved result changes the tree, and the next one is of the same commit all the same."""
+    """A saved result changes the tree, but the next one still has the same commit."""
 
     def git(*words: str) -> None:
         who = ("-c", "user.name=n", "-c", "user.email=e")

@@ -1,6 +1,6 @@
 """Addresses of random numbers: the same numbers in every version, on every machine.
 
-Masks, fills, sample order and random heads all come from here: other numbers are other results.
+Masks, fills, sample order and random heads depend on them: other numbers are other results.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What a run gives away: no secret, no permission that the user withholds, no open port."""
+"""A run leaks nothing: no secret, no permission beyond the umask, no open port."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.tiny import call, torchrun_command
 
 FROM_NETRC = {"client_kwargs": {"trust_env": True}}
 RECIPE = "object-mask-single-fill"
-# everything that a run folder can hold
+# everything that a run folder may contain
 OFTEN = ("--log.image-steps", 4, "--log.checkpoint-steps", 4)
 
 
@@ -50,8 +50,8 @@ def test_no_secret_is_recorded_or_shown(
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login user password canary-of-the-server\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    # loader processes read the variable, which this process did when it imported fsspec; so did the
-    # server that they are forked from, if a test before this one has started it
+    # loader processes read the variable, as this process did when it imported fsspec; so did
+    # their fork server, if an earlier test has started it
     forkserver._forkserver._stop()
     monkeypatch.setenv("FSSPEC_HTTP", json.dumps(FROM_NETRC))
     monkeypatch.setitem(fsspec.config.conf, "http", FROM_NETRC)
@@ -89,7 +89,7 @@ def umask(mask: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o077, 0o022, 0o002], ids=oct)
 def test_a_run_folder_has_the_permissions_of_the_umask(tmp_path, tiny_data, tiny_clip, mask):
-    """No more, so that it is private where the user wants that, and no less, for their group."""
+    """No more, so that it is private if the user wants that, and no less, for their group."""
     with umask(mask):
         tiny.train(RECIPE, tiny_data, tiny_clip, tmp_path / "run", *OFTEN)
         evaluate(tiny_data, tmp_path / "run")
@@ -131,7 +131,7 @@ def sockets(pid: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("variables", [{}, RANKS_HERE], ids=["standalone", "loopback only"])
 def test_ranks_on_one_machine_listen_on_loopback(tmp_path, variables):
-    """torchrun's own two stores listen everywhere; docs/cluster.md tells how it does without.
+    """torchrun's own two stores listen on all addresses; docs/cluster.md shows how to avoid that.
 
     torch binds a TCPStore to every address, whatever its endpoint says. When that changes, this
     test says so.

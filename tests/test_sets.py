@@ -1,4 +1,4 @@
-"""Benchmarks are described once; what cannot import that description says the same."""
+"""Benchmarks are described once; code that cannot import that description agrees with it."""
 
 import re
 from pathlib import Path

@@ -37,7 +37,7 @@ def fitted(
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        # too few to select by: 6 images are no tenth, 16 (one per class) more than a fifth
+        # too few for selection: 6 images are not a tenth, 16 (one per class) more than a fifth
         (Size(60, 16, 3), (0, 8, 7, 7)),
         (Size(300, 16, 18), (30, 16, 16, 16)),
         (Size(3000, 16, 187), (300, 64, 42, 42)),
@@ -46,7 +46,7 @@ def fitted(
         (Size(3000, 16, 1), (0, 64, 46, 46)),
         (Size(199, 2, 80), (0, 8, 24, 24)),
         (Size(200, 2, 80), (20, 8, 22, 22)),
-        # large sets meet the paper's numbers
+        # large sets get the paper's numbers
         (Size(1_281_167, 1000, 732), (10_240, 64, 500, 500)),
         (Size(3, 2, 1), (0, 2, 1, 1)),
         (Size(1, 1, 1), (0, 1, 1, 1)),
@@ -59,16 +59,16 @@ def test_the_rule(size, expected):
 @pytest.mark.parametrize(
     ("size", "shots", "expected"),
     [
-        # as the rule has it for a set of so many images, all of which are trained on
+        # as the rule gives for a set of so many images, all of which are used for training
         (Size(3000, 16, 187), 16, (25, 16, 16, 16)),
         (Size(1_281_167, 1000, 732), 16, (1600, 64, 250, 250)),
-        # one of each class is more than a fifth
+        # one image of each class is more than a fifth
         (Size(1_281_167, 1000, 732), 4, (0, 64, 62, 62)),
         (Size(1_281_167, 1000, 732), 1, (0, 32, 31, 31)),
         # the smallest class has nothing left to hold out
         (Size(3000, 16, 16), 16, (0, 16, 16, 16)),
         (Size(3000, 16, 17), 16, (25, 16, 16, 16)),
-        # its shots cannot be drawn, which is refused where the set is split
+        # its shots cannot be drawn, which is refused when the set is split
         (Size(3000, 16, 3), 16, (0, 16, 16, 16)),
     ],
 )
@@ -154,7 +154,7 @@ def test_global_donors_are_enough_for_fills():
 
 @given(images=st.integers(8, 5000), ranks=st.sampled_from([2, 4]))
 def test_few_ranks_have_the_batch_of_one(images, ranks):
-    # so that a run may resume on a different number of them
+    # so that a run can resume on a different number of them
     assert small.batch_size(images, ranks) == small.batch_size(images, 1)
 
 
@@ -204,7 +204,7 @@ BATCH_REASONS = {
     ("size", "parts", "option", "reason"),
     [
         *((size, 1, "held_out", why) for size, why in HELD_OUT_REASONS.items()),
-        # a single image of a class: none is held out
+        # a class with a single image: none is held out
         *((Size(n, 1, 1), parts, "batch_size", why) for (n, parts), why in BATCH_REASONS.items()),
     ],
 )
@@ -226,7 +226,7 @@ def test_other_scales_have_no_rule(scale):
 
 
 def test_without_a_size_no_small_set_can_be_trained():
-    # the paper's numbers are refused by the split, they cannot pass for the rule's
+    # the split refuses the paper's numbers, so they cannot pass for the rule's
     config = recipes.build("vanilla", scale="small")
     assert config.loader == recipes.build("vanilla").loader
 

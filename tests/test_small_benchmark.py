@@ -1,4 +1,4 @@
-"""The measurement of `--scale small`: what it compares, and the table that it leaves."""
+"""The measurement of `--scale small`: its variants, and its table."""
 
 from collections import Counter
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_the_saved_table_is_made_of_the_saved_results():
     assert text == Path(saved).with_suffix(".md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == len(small_sets.SIZES) * len(small_sets.NUMBERS)
-    # what a row of the table says of the rule is the rule
+    # the table's row for the rule follows the rule
     assert [row[2:5] for row in rows if row[1] == "rule"] == [
         ["0", "8", "7 of 70"],
         ["30", "16", "16 of 160"],

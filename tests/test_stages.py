@@ -1,4 +1,4 @@
-"""Stages: what is printed, what a failure and a signal do."""
+"""Stages: output, failures and signals."""
 
 import os
 import shlex
@@ -83,7 +83,7 @@ def test_a_long_command_is_continued_and_can_be_pasted(capsys):
     lines = printed.strip().splitlines()
     assert len(lines) > 2
     assert max(map(len, lines)) <= 80
-    # an option and its value are not parted
+    # an option and its value stay together
     assert not [line for line in lines if line.endswith(("--seed \\", "--run-dir \\"))]
     pasted = printed.removeprefix("\n$ ").replace("\\\n", "")
     assert shlex.split(pasted) == words

@@ -1,4 +1,4 @@
-"""Variables that libraries read when they are imported, in real processes."""
+"""Environment variables that libraries read at import, in real processes."""
 
 import os
 import subprocess
@@ -66,7 +66,7 @@ def test_a_command_that_does_not_mind(variables, words):
 
 @pytest.mark.slow
 def test_a_notebooks_backend_does_not_stop_a_report():
-    """A shell in Jupyter has it, where rft's environment need not have the package."""
+    """A shell in Jupyter sets it, although rft's environment may lack the package."""
     result = run("-m", "rft.report", "--help", MPLBACKEND="module://matplotlib_inline.none")
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -1,4 +1,4 @@
-"""The step and memory benchmarks compare the same work, and their page says what was measured."""
+"""The step and memory benchmarks compare the same work, and their page matches the results."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ SMALL = ["--model", "ViT-S-32-alt", "--batch-size", "2", "--classes", "7", "--ro
 def job():
     arguments = step.Arguments(batch_size=6)
     job = step.build_job(arguments, torch.device("cpu"), "fp32", build_model(0))
-    # as it is after some steps: a teacher that equals its student leaves no gradient
+    # as after some steps: a teacher that equals its student leaves no gradient
     job.objective.teacher.load_state_dict(build_model(1).state_dict())
     return job
 
@@ -74,7 +74,7 @@ def test_the_step_benchmark_as_a_program():
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
     assert set(found["seconds"]) == {"vanilla", "own_vanilla", "textbook", "step"}
-    # which is faster is for `make bench`: one round on a busy machine cannot tell
+    # which is faster is left to `make bench`: one round on a busy machine cannot decide
     seconds = found["seconds"]
     for below in ("vanilla", "own_vanilla"):
         ratio = seconds["step"] / seconds[below]
@@ -98,7 +98,7 @@ def test_the_step_benchmark_as_a_program():
 @pytest.mark.slow
 @pytest.mark.program
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
-    """Within one limit the textbook's maps have no room, and ours have."""
+    """Within one limit the textbook's maps do not fit, and ours do."""
     arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.6)
     assert cam_memory.measure_case("textbook", arguments, 8) is None
     ours = cam_memory.measure_case("recompute", arguments, 8)
@@ -108,7 +108,7 @@ def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
 @pytest.mark.slow
 @pytest.mark.program
 def test_the_dry_runs_memory_is_that_of_a_real_step():
-    """By the system's account of a process, which knows nothing of torch's tracker."""
+    """By the system's account of a process, independently of torch's tracker."""
     arguments = memory.Arguments(model="ViT-S-32-alt", batch_size=64, few=(8, 40))
     case = memory.Case(arguments.model, recipes.DEFAULT, "fp32")
     row = memory.measure_case(case, step.build_classifier(case.model, 1000), arguments)
@@ -123,7 +123,7 @@ def test_operators_cost_what_their_tensors_hold():
         product = left.view(5, 3) @ right
         with costs.during("scaled"):
             product.mul_(2)
-            product.t().reshape(2, 10)  # a copy: the transposed view has no such shape
+            product.t().reshape(2, 10)  # a copy: the transposed view has a different shape
             product.reshape(2, 10)
     numbers = 5 * 3 + 3 * 4 + 5 * 4
     seconds = 4 * numbers / cam_share.BYTES_PER_S
@@ -141,7 +141,7 @@ def test_the_cams_share_is_of_all_that_a_step_computes():
     result = cam_share.shares(found)
     assert result["step_flops"] == step.count_flops(real)
     assert {"cam", "maps", "clean backward", "teacher forward"} <= found.keys()
-    # two products of a map's size in each layer, against some dozens of a token's width
+    # two products of a map's size in each layer, beside some dozens of a token's width
     assert 0 < result["share"]["maps"]["flops"] < result["share"]["backward"]["flops"] < 0.2
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_timed_in_three_ways(tmp_path):
     arguments = checkpoint.Arguments(model="ViT-S-32-alt", batch_size=2, rounds=1, seconds=0.01)
     result = checkpoint.measure(arguments, tmp_path)
     assert result["held_seconds"]["none"] == [0.0]
-    # that training goes on meanwhile is shown with events: tests/train/test_checkpoint.py
+    # training during a write is tested with events: tests/train/test_checkpoint.py
     assert all(result["held_seconds"][way][0] > 0 for way in ("background", "waiting"))
     assert result["checkpoint_bytes"] == max(path.stat().st_size for path in tmp_path.glob("*.pt"))
     assert "| in the background (rft) |" in checkpoint.table(result)

@@ -1,4 +1,4 @@
-"""What a terminal is shown of other people's text."""
+"""How third-party text is shown on a terminal."""
 
 import ast
 import sys
@@ -50,7 +50,7 @@ def test_a_name_in_a_message_is_stricter_than_a_line():
 def test_long_texts_are_cut():
     assert printable("a" * 5, 5) == "aaaaa"
     assert printable("a" * 6, 5) == "aaaaa..."
-    # after it is escaped, which makes it longer
+    # after escaping, which makes it longer
     assert printable("\x1b" * 5, 5) == "\\x1b\\..."
     assert short(["a" * 1000]) == "['" + "a" * 78 + "..."
     assert to_ascii("é" * 1000) == "\\xe9" * 1000

@@ -1,4 +1,4 @@
-"""The packing command lines: what they write, and one clear line for every mistake."""
+"""The packing command lines: their output, and one clear line for every mistake."""
 
 import importlib.util
 import json
@@ -29,14 +29,14 @@ def load(name: str) -> Callable[[], None]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module.main
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """Return a folder with one or two images a class of ImageNet, V2, R and A."""
+    """Return a folder with one or two images per class of ImageNet, V2, R and A."""
     rng = np.random.default_rng(0)
     names = [
         "imagenet/train/n01/n01_1.JPEG",
@@ -61,7 +61,7 @@ def world(tmp_path: Path) -> Path:
 def run(
     world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable[..., Result]:
-    """Return a function that runs a tool here and gives exit code, stdout and stderr."""
+    """Return a function that runs a tool here and returns exit code, stdout and stderr."""
 
     def run(tool: str, *arguments: str) -> Result:
         argv = [tool, *arguments, "--classes", str(world / "classes.json"), "--workers", "1"]
@@ -177,7 +177,7 @@ def test_third_party_shards_are_declared(
     assert both[0] == both[1]
     code, _, err = run("index_shards", *index, "--ood")
     assert (code, "(different: score, plan_hash)" in err or "score" in err) == (2, True)
-    # an index of an older version stays as it is
+    # an index of an older version does not change
     older = replace(manifest, samples_sha256=None)
     older.save(indexed)
     (tmp_path / "indexed/samples.npz").unlink()
@@ -221,7 +221,7 @@ def test_mistakes(world: Path, tmp_path: Path, run: Callable[..., Result], mista
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
-    # an unreadable image is found while packing: the plan is there, half a shard is not
+    # an unreadable image is found while packing: the plan exists, half a shard does not
     left = {path.name for path in out.rglob("*") if path.is_file()}
     assert left == ({"plan.json"} if mistake == "unreadable image" else set())
 
@@ -237,7 +237,7 @@ def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -
 
 @pytest.mark.slow
 def test_counts(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
-    """In ImageNet's own label space the published number of images is known."""
+    """ImageNet's own label space has a published number of images."""
     labels = LabelSpace.imagenet()
     document = {"ids": labels.ids, "names": labels.names, "templates": labels.templates}
     (world / "classes.json").write_text(json.dumps(document))

@@ -1,6 +1,6 @@
-"""The wheel and the sdist: built, installed and used, where nothing of the checkout is seen.
+"""The wheel and the sdist: built, installed and used, without access to the checkout.
 
-The libraries that rft needs are those of this environment; rft itself is the wheel's alone.
+rft's dependencies are those of this environment; rft itself comes only from the wheel.
 """
 
 import json
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.program]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """Build both; the wheel is built from the sdist, as a package index's users may."""
+    """Build both; the wheel is built from the sdist, as users of a package index may do."""
     out = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "uv", "build", "--quiet", "--no-build-isolation"]
     subprocess.run([*build, "--out-dir", str(out), str(ROOT)], check=True)
@@ -40,7 +40,7 @@ def installed(tmp_path_factory, built) -> Path:
     install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*install, "--python", str(python), str(built[0])], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # a path in a .pth file is searched, but its own .pth files, such as rft's own, are not read
+    # a path in a .pth file is searched, but its own .pth files, such as rft's, are not read
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
 
@@ -52,7 +52,7 @@ def test_everything_that_runs_is_in_them(built):
         if path.is_file() and "__pycache__" not in path.parts:
             assert str(path.relative_to(ROOT)) in names
     for path in (ROOT / "launch").iterdir():
-        # the user's own settings are not for others
+        # without the user's own settings
         if path.name != "cluster.env":
             assert f"rft/launch/{path.name}" in names
     assert not any("cluster.env" in name and not name.endswith("example") for name in names)
@@ -91,7 +91,7 @@ def test_packs_trains_and_reports(installed, tmp_path):
         path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draws.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
-    # the words that the tiny CLIP's tokenizer has
+    # the vocabulary of the tiny CLIP's tokenizer
     space = {"ids": ["cat", "dog"], "names": ["star", "ring"], "templates": ["a photo of a {c}"]}
     (tmp_path / "classes.json").write_text(json.dumps(space))
     where = [str(installed / "python"), "-c", "import rft; print(rft.__file__)"]
@@ -110,5 +110,5 @@ def test_packs_trains_and_reports(installed, tmp_path):
     rft(*line.removeprefix("next: rft ").split(), "--workers", "0")
     rft("report", "runs", "--out", "report")
     assert "runs/first" in (tmp_path / "report" / "index.html").read_text()
-    # nothing is kept where the user did not ask for it
+    # nothing is kept that the user did not request
     assert not [path for path in home.rglob("*") if path.suffix == ".safetensors"]

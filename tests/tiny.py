@@ -1,4 +1,4 @@
-"""Commands on the tiny world (benchmarks/tiny_world.py): in this process, or on several ranks."""
+"""Commands on the tiny world (benchmarks/tiny_world.py), in this process or on several ranks."""
 
 import functools
 import json
@@ -22,12 +22,12 @@ STAMP = re.compile(
 
 
 def unstamped(printed: str) -> str:
-    """Output without times and ranks: a line of INFO is its text, others keep their level."""
+    """Output without times and ranks: an INFO line becomes its text, others keep their level."""
     return STAMP.sub("", printed)
 
 
 def complaints(errors: str) -> list[str]:
-    """The lines of a stderr that are no line of INFO: warnings, less their time, and an error."""
+    """The lines of a stderr that are not INFO: warnings, without their time, and an error."""
     lines = [line for line in errors.splitlines() if "] INFO: " not in line]
     return [unstamped(line) for line in lines]
 
@@ -42,7 +42,7 @@ def call(command, *arguments: object) -> None:
 def training(
     recipe: str, data: Path | str, clip: str, run: Path | str, *options: object
 ) -> list[str]:
-    """The command line after `rft.train`: one short epoch on the tiny world, less `options`."""
+    """The command line after `rft.train`: a short epoch on the tiny world, or by `options`."""
     small = ("--scale", "miniature", "--loader.batch-size", 6, "--loader.held-out", 8)
     small += ("--loader.workers", 0, "--optim.epochs", 1)
     named = ("--data", data, "--run-dir", run, "--model.clip", clip)
@@ -52,8 +52,8 @@ def training(
 def train(
     recipe: str, data: Path | str, clip: str, run: Path, *options: object, ranks: int = 1
 ) -> Path:
-    """Train on the tiny world, one rank in this process; returns the run folder."""
-    # here, because processes that start and end in a test import this module for other things
+    """Train on the tiny world, one rank in this process; return the run folder."""
+    # imported here, because short processes of tests import this module for other things
     from rft.train import command
 
     words = training(recipe, data, clip, run, *options)
@@ -65,7 +65,7 @@ def train(
 
 
 def torchrun_command(ranks: int, *module_and_options: str) -> list[str]:
-    """One process is started without torchrun: the same code, and the faster test."""
+    """One process starts without torchrun: the same code, and the test is faster."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -75,7 +75,7 @@ def torchrun_command(ranks: int, *module_and_options: str) -> list[str]:
 def torchrun(
     ranks: int, *module_and_options: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module on so many ranks to its end, as torchrun does but sooner (tests/forked.py)."""
+    """Run a module on so many ranks to its end, like torchrun but faster (tests/forked.py)."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
         output.touch()
@@ -95,7 +95,7 @@ def torchrun(
         result = subprocess.CompletedProcess(
             module_and_options, code, output.read_text(), errors.read_text()
         )
-    # gloo can abort in teardown when all work is done: callers judge by the files that are there
+    # gloo can abort in teardown after all work is done: callers check the files
     if code:
         print(result.stdout[-3000:], result.stderr[-6000:])
     return result
@@ -103,7 +103,7 @@ def torchrun(
 
 @functools.cache
 def rank_server() -> subprocess.Popen[str]:
-    """Return the process that ranks are forked from; it ends with this one."""
+    """Return the process from which ranks are forked; it ends with this one."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.forked"],
         env=environment(),
@@ -114,7 +114,7 @@ def rank_server() -> subprocess.Popen[str]:
 
 
 def forget_weights(run: Path) -> None:
-    """Let a finished run folder be one of an older rft: it does not know the hashes of its weights.
+    """Turn a finished run folder into one of an older rft, without the hashes of its weights.
 
     What a test then puts in their place is noticed by other means, or used.
     """
@@ -127,7 +127,7 @@ def forget_weights(run: Path) -> None:
 
 def weights(run: Path) -> list[str]:
     """The hashes of a finished run's selected and last weights."""
-    # what their names are is in a module that imports open_clip
+    # a module that imports open_clip defines their names
     names = ("best.safetensors", "last.safetensors")
     return [files.sha256_file(run / "checkpoints" / name) for name in names]
 
@@ -149,7 +149,7 @@ def kill_when(command: list[str], reached: callable) -> None:
                 continue
         assert process.poll() is None, "the run ended before it could be killed"
     finally:
-        # torchrun starts every rank in a session of its own
+        # torchrun starts every rank in its own session
         for pid in children(process.pid):
             kill(pid)
         kill(process.pid)

@@ -1,14 +1,14 @@
-"""Run two checkouts of rft on the same inputs and compare what must not change.
+"""Run two checkouts of rft on the same inputs and compare outputs that must not change.
 
-Bytes of shards, order of samples, weights, counts, reports, --help; and whether NEW resumes and
-reads the runs of OLD. Only public commands are used, so modules may lie anywhere in either tree.
-Takes ten minutes. Writes versions.json and versions.md, which has the lines of each folder too, and
-help.diff of all texts that commands printed; exit code 1 if anything differs. Not compared, because
-it differs between two runs of one tree or names its commit:
+Compares shard bytes, sample order, weights, counts, reports and --help, and checks that NEW resumes
+and reads the runs of OLD. Uses public commands only, so the module layout may differ. Takes ten
+minutes. Writes versions.json, versions.md (with lines of code per folder) and help.diff (all
+printed texts); exit code 1 if anything differs. Not compared, because it differs between two runs
+of one tree or names the commit:
 
 - provenance.json, and "provenance" in other JSON files
-- tensorboard/, the columns of metrics.jsonl that are not in COLUMNS, what packing prints, "seconds"
-- checkpoints/step-*.pt and progress.json, which has their hash; that NEW resumes OLD's is compared
+- tensorboard/, columns of metrics.jsonl outside COLUMNS, the output of packing, "seconds"
+- checkpoints/step-*.pt and progress.json, which has their hash; instead, NEW must resume OLD's
 """
 
 import argparse
@@ -35,16 +35,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-FAILED = "FAILED"  # begins a value that could not be made; such a row is never the same
-STAMP = re.compile(r"\S+ \S+ \[0\] INFO: ")  # begins a log line
+FAILED = "FAILED"  # prefix of a value that could not be computed; such a row always differs
+STAMP = re.compile(r"\S+ \S+ \[0\] INFO: ")  # prefix of a log line
 PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-PLAIN["OMP_NUM_THREADS"] = "1"  # threads decide the order of sums
+PLAIN["OMP_NUM_THREADS"] = "1"  # the thread count changes the order of sums
 PARTS = {"tars": "*.tar", "index": "index.npz", "manifest": "manifest.json", "plan": "plan.json"}
 COLUMNS = ("step", "epoch", "loss", "ce", "mse", "kd", "replaced", "grad_norm", "lr")
 COLUMNS += ("read_mb", "held_out_correct", "held_out_total")
 RECIPE, RUNS = "object-mask-single-fill", "demo/runs"
 RUN, MODELS = f"{RUNS}/{RECIPE}-seed0", f"{RUNS}/vanilla-seed0 {RUNS}/no-mask-seed0"
-# seen from the folder that either tree works in: both pack the images that OLD made
+# relative to the working folder of each tree: both pack the images of OLD
 WORLD = "../old/demo/world"
 CLASSES = f"--classes {WORLD}/classes.json"
 BATCHES = ((0, 0, 1), (0, 24, 2), (1, 3, 4), (7, 11, 1), (29, 24, 8))  # epoch, step, ranks
@@ -62,7 +62,7 @@ DERIVE = (
     f"rft.merge uniform-soup {MODELS} --out made/uniform-soup",
     f"rft.merge greedy-soup {MODELS} --out made/greedy-soup --data demo/shards --workers 0",
     f"rft.convert export {RUN} --to open-clip --out made/open-clip",
-    # the other formats are for OpenAI's image towers, which the demo has none of
+    # the other formats require OpenAI's image towers, which the demo does not use
     f"rft.convert export {RUN} --to safetensors --out made/model.safetensors",
     "rft.convert import made/open-clip --data demo/shards --out made/imported",
 )
@@ -84,7 +84,7 @@ TRAIN += "--log.checkpoint-steps 10 --run-dir"
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """A checkout, the folder its commands run in, and what they printed."""
+    """A checkout, the working folder of its commands, and their output."""
 
     path: Path
     revision: str
@@ -95,7 +95,7 @@ class Tree:
     def start(self, command: str, folder: Path | None = None) -> subprocess.Popen[str]:
         """Start a command: a module of rft or a file in tools/, and its arguments."""
         program, *words = shlex.split(command)
-        # a file by a link of one name, because --help prints its path and wraps lines by it
+        # call a file through a link with a fixed name, because --help prints and wraps its path
         start = ["-m", program] if program.startswith("rft") else [f"tree/{program}"]
         environment = {**os.environ, **PLAIN, "PYTHONPATH": str(self.path)}
         options: dict[str, Any] = {"cwd": folder or self.folder, "env": environment, "text": True}
@@ -103,7 +103,7 @@ class Tree:
         return subprocess.Popen([sys.executable, *start, *words], **options)
 
     def run(self, command: str, folder: Path | None = None) -> str:
-        """Run a command and return what it printed, or in one line why it failed."""
+        """Run a command and return its output, or one line with the reason of the failure."""
         process = self.start(command, folder)
         output, errors = process.communicate()
         if process.returncode == 0:
@@ -114,26 +114,26 @@ class Tree:
         return self.failures[-1]
 
     def neutral(self, text: str) -> str:
-        """Return a text without the tree's path and commit."""
+        """Replace the tree's path and commit in a text by fixed words."""
         text = text.replace(str(self.path), "TREE").replace(self.revision, "COMMIT")
-        return re.sub(" +$", "", text, flags=re.MULTILINE)  # a table is as wide as the commit
+        return re.sub(" +$", "", text, flags=re.MULTILINE)  # table widths depend on the commit
 
     def digest(self, *paths: Path) -> str:
-        """Return a hash of the names and contents of files and folders, without provenance."""
+        """Hash the names and contents of files and folders, without provenance."""
         files = [file for path in sorted(paths) for file in (path, *sorted(path.rglob("*")))]
         files = [file for file in files if file.is_file() and file.name != "provenance.json"]
         known = [f"{file.name} {hashlib.sha256(self._content(file)).hexdigest()}" for file in files]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12] if files else "none"
 
     def value(self, path: Path) -> str:
-        """Return the hash of a file or folder; of a packed set, those of its parts too."""
+        """Hash a file or folder; for a packed set, also its parts."""
         parts = PARTS if (path / "manifest.json").exists() else {}
         hashes = [f"{name} {self.digest(*path.glob(part))}" for name, part in parts.items()]
         return ", ".join([*hashes, self.digest(path)])
 
     def _content(self, path: Path) -> bytes:
         data = path.read_bytes()
-        if path.parent.name == "commit":  # the record of a shard, with the time it took
+        if path.parent.name == "commit":  # the record of a shard, which includes the packing time
             return re.sub(rb'"seconds": ?[^,}]+', b"", data)
         if path.suffix == ".json" and b'"provenance"' in data:
             return json.dumps({**json.loads(data), "provenance": None}, sort_keys=True).encode()
@@ -141,11 +141,11 @@ class Tree:
 
 
 def main() -> None:
-    """Compare the two trees that the command line names."""
+    """Compare the two trees given on the command line."""
     kept = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kept)
     parser.add_argument("old", type=Path, metavar="OLD", help="folder of a checkout")
-    parser.add_argument("new", type=Path, metavar="NEW", help="folder of the one to compare")
+    parser.add_argument("new", type=Path, metavar="NEW", help="folder of the checkout to compare")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: benchmarks/results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -174,46 +174,46 @@ def main() -> None:
 
 
 def prepare(path: Path, folder: Path) -> Tree:
-    """Return a tree with an empty folder to work in; check that its own rft is imported."""
+    """Set up a tree with an empty working folder; check that it imports its own rft."""
     folder.mkdir()
     (folder / "tree").symlink_to(path)
     where = [sys.executable, "-c", "import rft; print(rft.__file__)"]
     options = {"env": {**os.environ, "PYTHONPATH": str(path)}, "cwd": folder}
     found = subprocess.run(where, capture_output=True, text=True, **options).stdout.strip()
     if found != str(path / "rft" / "__init__.py"):
-        sys.exit(f"error: {path} is not a checkout that rft is imported from ({found or 'none'})")
+        sys.exit(f"error: rft is imported from {found or 'nowhere'}, not from {path}")
     describe = ["git", "-C", str(path), "describe", "--always", "--dirty", "--abbrev=12"]
     revision = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return Tree(path=path, revision=revision, folder=folder)
 
 
 def run_all(tree: Tree) -> None:
-    """Run every command in a tree; what they write stays in its folder."""
-    print(f"every command in {tree.path} ({tree.revision})", flush=True)
+    """Run every command in a tree; all output stays in its folder."""
+    print(f"running every command in {tree.path} ({tree.revision})", flush=True)
     made = tree.run("rft.demo --out demo --epochs 1")
-    # both trees pack the images of OLD's demo; without NEW's demo its own rows alone differ
+    # both trees pack the images of OLD's demo; if NEW's demo fails, only its own rows differ
     if made.startswith(FAILED) and tree.folder.name == "old":
-        sys.exit(f"error: without the demo of {tree.path} nothing can be compared: {made}")
+        sys.exit(f"error: the demo of {tree.path} failed, so nothing can be compared: {made}")
     for kind in ("original", "jpeg", "pixels"):
         for command in PACK:
-            # small, so that a set of the demo's images has several shards
+            # small shards, so that the demo's sets have several
             options = f"--encoding {kind} --size 48 --shard-mb 2 --workers 1"
             tree.run(f"{command.replace('KIND', kind)} {options}")
     write_tars(tree.folder / WORLD / "imagenet/val", tree.folder / "indexed/own")
     for command in DERIVE:
         tree.run(command)
-    # these commands only print, so they do not disturb each other
+    # these commands only print, so they can run in parallel
     with ThreadPoolExecutor(2) as pool:
         tree.texts.update(zip(PRINTED, pool.map(tree.run, PRINTED), strict=True))
 
 
 def write_tars(images: Path, folder: Path) -> None:
-    """Write two WebDataset tars of a folder of classes; `tarfile` leaves all times at 0."""
+    """Write two WebDataset tars from a folder of classes; `tarfile` sets all times to 0."""
     folder.mkdir(parents=True)
     for number in range(2):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for label, of_class in enumerate(sorted(images.iterdir())):
-                # every twentieth image, and not the same ones in both
+                # every twentieth image, different ones in each tar
                 for path in sorted(of_class.iterdir())[number::20]:
                     for suffix, data in (("jpg", path.read_bytes()), ("cls", b"%d" % label)):
                         member = tarfile.TarInfo(f"{path.stem}.{suffix}")
@@ -222,14 +222,14 @@ def write_tars(images: Path, folder: Path) -> None:
 
 
 def hand_over(old: Tree, new: Tree, folder: Path) -> Iterator[dict[str, Any]]:
-    """Have NEW end a run that OLD began, and find done what OLD has done."""
-    print("NEW on the runs of OLD", flush=True)
+    """Check that NEW finishes a run that OLD started, and recognises finished runs of OLD."""
+    print("running NEW on the runs of OLD", flush=True)
     folder.mkdir()
     old.run(f"{TRAIN} whole", folder)
     stopped = stop_part_way(old, f"{TRAIN} part", folder)
     resumed = new.run(f"{TRAIN} part", folder)
     weights = [old.digest(*(folder / run).glob("*/*.safetensors")) for run in ("whole", "part")]
-    # the reason, where the run could not be stopped or resumed, in place of a hash
+    # if the run could not be stopped or resumed, the reason instead of a hash
     weights[1] = next((text for text in (stopped, resumed) if FAILED in text), weights[1])
     yield row(f"OLD's run, {stopped}, ended by NEW: weights", *weights)
     counts = metrics(folder / "whole", folder / "part", COLUMNS[-2:])
@@ -239,7 +239,7 @@ def hand_over(old: Tree, new: Tree, folder: Path) -> Iterator[dict[str, Any]]:
     runs = " ".join(f"../old/{RUNS}/{path.name}" for path in sorted((old.folder / RUNS).iterdir()))
     evaluation = f"rft.evaluate {runs} --data ../old/demo/shards"
     for name, command in (("training", f"{TRAIN} whole"), ("evaluation", evaluation)):
-        # the first line says that nothing is left to do
+        # the first line reports that nothing is left to do
         texts = [tree.run(command, folder).partition("\n")[0] for tree in (old, new)]
         texts = [STAMP.sub("", text) for text in texts]
         yield row(f"OLD's {name}, once more", *texts)
@@ -251,7 +251,7 @@ def hand_over(old: Tree, new: Tree, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def stop_part_way(tree: Tree, command: str, folder: Path) -> str:
-    """Start a training and stop it cleanly after its first checkpoint; return where it stopped."""
+    """Start a training and stop it cleanly after its first checkpoint; return the step."""
     progress = folder / "part" / "progress.json"
     process = tree.start(command, folder)
     # progress.json appears with the first checkpoint
@@ -259,14 +259,14 @@ def stop_part_way(tree: Tree, command: str, folder: Path) -> str:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    if process.returncode != 75 or not progress.exists():  # EX_TEMPFAIL: it can be resumed
+    if process.returncode != 75 or not progress.exists():  # EX_TEMPFAIL: resumable
         return f"{FAILED}: not stopped, exit code {process.returncode}"
     reached = json.loads(progress.read_text())
     return f"stopped at step {reached['step']} of {reached['of']}"
 
 
 def file_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
-    """Compare the packed sets, and the demo's world, runs and report with what was made of them."""
+    """Compare the packed sets, the demo's world, runs and report, and files derived from them."""
     paths = [path for pattern in COMPARED for path in sorted(old.folder.glob(pattern))]
     for path in paths:
         if path.name not in ("provenance.json", "progress.json"):
@@ -278,30 +278,30 @@ def file_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
 
 
 def metrics(old: Path, new: Path, columns: Sequence[str] = COLUMNS) -> list[str]:
-    """Return what two runs logged in those columns that OLD has; NEW may have more."""
+    """Summarise the logs of two runs in the columns that OLD has; NEW may have more."""
     files = [[*run.glob("metrics.jsonl")] for run in (old, new)]
     logs = [[json.loads(line) for file in one for line in file.open()] for one in files]
     columns = [name for name in columns if any(name in line for line in logs[0])]
     values = []
     for log in logs:
         lines = [[line.get(name) for name in columns] for line in log if {*columns} & {*line}]
-        # beside the hash, because it shows how far apart two runs are
+        # in addition to the hash, to show how far two runs differ
         loss = next((line["loss"] for line in log[::-1] if "loss" in line), "none")
         values.append(f"{summary(chr(10).join(map(str, lines)))}, last loss {loss}")
     return values
 
 
 def summary(text: str) -> str:
-    """Return how many lines a text has, and its hash."""
+    """Summarise a text by its number of lines and its hash."""
     return f"{len(text.splitlines())} lines, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def text_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
-    """Compare what was printed; where it differs, NEW's value counts the lines."""
+    """Compare printed texts; if they differ, NEW's value counts the changed lines."""
     for name in PRINTED:
         texts = [tree.texts[name] for tree in (old, new)]
         values = [text if FAILED in text else summary(text) for text in texts]
-        # without the two lines that name the texts, whose + and - count nothing
+        # skip the two header lines, whose + and - are no changes
         if lines := diff(old, new, name)[2:]:
             added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
             values[1] += f" (+{added} -{removed} lines)"
@@ -311,13 +311,13 @@ def text_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
 
 
 def diff(old: Tree, new: Tree, name: str) -> list[str]:
-    """Return what a command printed in both trees as a unified diff, empty if it is the same."""
+    """Make a unified diff of a command's output in both trees; empty if it is the same."""
     before, after = (tree.texts[name].splitlines() for tree in (old, new))
     return list(difflib.unified_diff(before, after, f"OLD {name}", f"NEW {name}", lineterm=""))
 
 
 def lines_of_python(tree: Path) -> dict[str, int]:
-    """Return how many lines of Python each folder of a checkout has, and each room of rft."""
+    """Count the lines of Python in each folder of a checkout and each package of rft."""
     listed = ["git", "-C", str(tree), "ls-files", "*.py"]
     counts: Counter[str] = Counter()
     for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split():
@@ -330,7 +330,7 @@ def lines_of_python(tree: Path) -> dict[str, int]:
 
 
 def to_markdown(document: dict[str, Any]) -> str:
-    """Return the result as a page: how many rows differ, then every row, then lines of Python."""
+    """Format the result as a page: the number of differing rows, all rows, lines of Python."""
     rows, page = document["rows"], "OLD is {old}, NEW is {new}; {date}, Python {python}, "
     lines = [(page + "torch {torch}, {seconds} s.").format(**document)]
     lines += [f"{sum(not one['same'] for one in rows)} of {len(rows)} rows differ.", ""]
@@ -346,7 +346,7 @@ def to_markdown(document: dict[str, Any]) -> str:
 
 
 def row(name: str, old: str, new: str) -> dict[str, Any]:
-    """Return one comparison; what failed in both trees is not the same."""
+    """Make one row of the comparison; a failure in both trees does not count as the same."""
     return {
         "name": name,
         "old": old,

@@ -1,4 +1,4 @@
-"""Make shards that exist already readable for rft, without copying them: see --help."""
+"""Index existing shards in place, so that rft can read them: see --help."""
 
 from rft import cli
 from rft.packing.commands.index import main

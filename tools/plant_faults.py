@@ -1,8 +1,8 @@
-"""Plant one fault at a time and see whether the tests notice: see --help.
+"""Mutation testing: plant one fault at a time and check that the tests fail. See --help.
 
-The faults are data, in `planted_faults.toml` beside this file. Each one is a text that occurs once
-in a file of the tree, a replacement that makes the program compute something wrong, and the tests
-that should fail then.
+The faults are in `planted_faults.toml` beside this file. Each entry has a text that occurs once in
+a source file, a replacement that makes the program compute wrong results, and the tests that should
+fail.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from rft.storage import files
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("planted_faults.toml")
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 600  # a fault may make a test hang; it is noticed then, too
-# no cache, so nothing of a trial stays in its tree; the same examples for each fault
+SECONDS = 600  # a fault that makes a test hang counts as noticed
+# no cache, so a trial leaves nothing in its tree; a fixed seed, so all faults see the same examples
 PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
-# imported once, before the tests of each fault are forked off: together they take seconds
+# imported once before the trials are forked, because their import takes seconds
 HEAVY = ("torch", "torchvision", "open_clip", "sklearn.model_selection", "scipy.stats")
 HEAVY += ("matplotlib.figure", "webdataset", "timm", "hypothesis", "rich.progress", "tyro")
 OURS = ("rft", "tests", "tools", "benchmarks", "conftest")
@@ -42,21 +42,21 @@ OURS = ("rft", "tests", "tools", "benchmarks", "conftest")
 
 @dataclass(frozen=True, kw_only=True)
 class PlantFaults:
-    """Plant the faults of tools/planted_faults.toml, each in a copy of the tree, and run its tests.
+    """Plant each fault of tools/planted_faults.toml in a copy of the tree and run its tests.
 
-    Exit code 0 if every fault was noticed or has a reason why it cannot be, 1 if not. The result is
-    written to benchmarks/results/planted_faults.{json,md}.
+    Exit code 0 if every fault was noticed or is marked with a reason to survive, else 1. Results
+    are written to benchmarks/results/planted_faults.{json,md}.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AREA...")] = ()
-    """Plant the faults of these areas alone; the result of the others stays."""
+    """Plant only the faults of these areas; keep earlier results of the others."""
     jobs: int = 1
-    """Faults that are tried at the same time."""
+    """Number of faults to try in parallel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault: in `file`, the only `old` becomes `new`, and one of `tests` should fail."""
+    """Replaces the single occurrence of `old` in `file` by `new`; one of `tests` should fail."""
 
     name: str
     area: str
@@ -66,7 +66,7 @@ class Fault:
     tests: tuple[str, ...]
     """Test files, or single tests as FILE::NAME."""
     survives: str = ""
-    """Why no test can notice it; empty for a fault that a test must notice."""
+    """The reason why no test can notice it; empty if a test must."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Outcome:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the fault survived without a reason, or was noticed in spite of one."""
+        """Whether the fault survived without a reason, or was noticed despite one."""
         return bool(self.noticed_by) == bool(self.fault.survives)
 
 
 def main() -> None:
-    """Try the faults that the command line asks for."""
+    """Try the faults selected on the command line."""
     command = cli.parse(PlantFaults)
     if command.jobs < 1:
         raise ValueError(f"--jobs is {command.jobs}; it must be at least 1")
@@ -106,7 +106,7 @@ def load(path: Path) -> list[Fault]:
     """Read a table of faults.
 
     Raises:
-        ValueError: if it is no TOML, or an entry has other fields than a fault.
+        ValueError: if it is not TOML, or an entry does not have the fields of a fault.
     """
     try:
         entries = tomllib.loads(path.read_text())["fault"]
@@ -116,10 +116,10 @@ def load(path: Path) -> list[Fault]:
 
 
 def check(faults: Sequence[Fault], root: Path) -> None:
-    """Check that every fault can be planted in a tree, and that its tests are there.
+    """Check that every fault can be planted in a tree, and that its tests exist.
 
     Raises:
-        ValueError: naming all faults for which that is not so.
+        ValueError: naming all faults that fail the check.
     """
     if wrong := [problem for fault in faults for problem in _problems(fault, root)]:
         raise ValueError("; ".join(wrong))
@@ -135,22 +135,22 @@ def _problems(fault: Fault, root: Path) -> Iterator[str]:
     for test in fault.tests:
         path, _, name = test.partition("::")
         if not (root / path).is_file():
-            yield f"fault {fault.name!r}: there is no {path}"
+            yield f"fault {fault.name!r}: {path} does not exist"
         elif name and f"def {name}(" not in (root / path).read_text():
             yield f"fault {fault.name!r}: {path} has no test {name}"
 
 
 def plant(fault: Fault, text: str) -> str:
-    """Return the text of a file with the fault in it.
+    """Apply the fault to the text of its file.
 
     Raises:
-        ValueError: if the text to replace does not occur exactly once, or stays as it is.
+        ValueError: if the text to replace does not occur exactly once, or would not change.
     """
     count = text.count(fault.old)
     if count != 1 or fault.old == fault.new:
         raise ValueError(
-            f"fault {fault.name!r}: its text occurs {count} times in {fault.file}, not once; write "
-            "it anew for the code as it is now"
+            f"fault {fault.name!r}: its text occurs {count} times in {fault.file}, not once; "
+            "update it for the current code"
         )
     return text.replace(fault.old, fault.new)
 
@@ -158,20 +158,20 @@ def plant(fault: Fault, text: str) -> str:
 def try_all(
     faults: Sequence[Fault], root: Path, jobs: int, tell: Callable[[Outcome], None]
 ) -> list[Outcome]:
-    """Return the outcome of each fault, in their order; `tell` is called as each is done.
+    """Try each fault and return the outcomes in order; `tell` is called after each.
 
     Raises:
-        ValueError: if a test fails without any fault, or one breaks the import of a module.
+        ValueError: if a test fails without any fault, or a fault breaks the import of a module.
     """
     with tempfile.TemporaryDirectory() as folder:
         trees = [Path(folder) / str(number) for number in range(jobs)]
         copy_tree(root, trees[0])
         tests = tuple(dict.fromkeys(test for fault in faults for test in fault.tests))
-        # what is compiled here is taken by all others, but for the file that has the fault
+        # its compiled files are reused by all trials, except for the file with the fault
         whole = Trial(tests, trees[0], compiles=True)
         whole.process.join()
         if failed := whole.first_failure():
-            raise ValueError(f"{failed} fails without any fault; mend it first")
+            raise ValueError(f"{failed} fails without any fault; fix it first")
         for tree in trees[1:]:
             shutil.copytree(trees[0], tree)
         found = {}
@@ -182,7 +182,7 @@ def try_all(
 
 
 def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Fault, str]]:
-    """Yield each fault and the first test that failed with it, as they are done."""
+    """Yield each fault and its first failed test, in order of completion."""
     waiting, running = list(faults), {}
     try:
         while waiting or running:
@@ -191,10 +191,10 @@ def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Faul
                 path = tree / fault.file
                 text = path.read_text()
                 path.write_text(plant(fault, text))
-                # not the second in which the compiled file was made: it would stand for this one
+                # differs from the time of the compiled file, which would otherwise be used
                 os.utime(path, (0, 0))
                 running[Trial(fault.tests, tree)] = fault, path, text
-            # looks up every second, because a trial that hangs ends by its deadline alone
+            # wakes up every second, because only the deadline ends a hanging trial
             connection.wait([trial.process.sentinel for trial in running], timeout=1)
             for trial in [trial for trial in running if trial.is_over()]:
                 fault, path, text = running.pop(trial)
@@ -207,7 +207,7 @@ def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Faul
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """Copy the files that git does not ignore: no compiled file of the original comes along."""
+    """Copy the files that git does not ignore, and so no compiled files."""
     command = ["git", "-C", str(root), "ls-files", "-z", "-co", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -217,7 +217,7 @@ def copy_tree(root: Path, target: Path) -> None:
 
 
 class Trial:
-    """Some tests that run in a tree, in a process of their own."""
+    """A run of some tests in a tree, in a separate process."""
 
     def __init__(self, tests: tuple[str, ...], tree: Path, *, compiles: bool = False) -> None:
         self.tests = tests
@@ -225,31 +225,31 @@ class Trial:
         self._output = tree / "output.txt"
         self._deadline = time.monotonic() + SECONDS
         self._hangs = False
-        # at the first trial only: later ones find them imported
+        # only the first trial imports them
         for name in HEAVY:
             importlib.import_module(name)
-        # nothing here runs threads or computes, so a copy of this process is whole
+        # this process runs no threads, so it is safe to fork
         context = multiprocessing.get_context("fork")
         arguments = (tests, tree, self._output, compiles)
         self.process = context.Process(target=_run_tests, args=arguments)
         self.process.start()
 
     def is_over(self) -> bool:
-        """Whether the tests have ended, or are ended now because they take too long."""
+        """Whether the tests have ended. Ends them first if they take too long."""
         if self.process.is_alive() and time.monotonic() > self._deadline:
             self._hangs = True
             self.end()
         return not self.process.is_alive()
 
     def end(self) -> None:
-        """End the tests and what they started."""
+        """Kill the tests and their child processes."""
         assert self.process.pid is not None
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+        with contextlib.suppress(ProcessLookupError):  # already ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
 
     def first_failure(self) -> str:
-        """Return the first test that failed, empty if all passed.
+        """Name the first failed test; empty if all passed.
 
         Raises:
             ValueError: if the tests could not be run.
@@ -264,33 +264,33 @@ class Trial:
         kinds = ("FAILED ", "ERROR ")
         lines = [line for line in text.splitlines() if line.startswith(kinds)]
         failed = [line.split(" - ")[0].split(maxsplit=1)[1] for line in lines]
-        # a fault that breaks an import is noticed by anything and proves nothing of the test
+        # any test notices a broken import, so it proves nothing about the test
         if code != pytest.ExitCode.TESTS_FAILED or not failed or "ERROR collecting" in text:
             raise ValueError(f"{' '.join(self.tests)} cannot be run: {text[-600:]}")
         return failed[0]
 
 
 def _run_tests(tests: Sequence[str], tree: Path, output: Path, compiles: bool) -> None:
-    """Run tests in a tree, in this process, which imports everything of ours anew."""
-    # a group of its own, so that `end` reaches what the tests started as well
+    """Run tests in a tree, in this process, which reimports our modules."""
+    # a new process group, so that `end` also kills child processes of the tests
     os.setsid()
     with output.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-    # the copy has inherited the modules of the original tree
+    # the fork has inherited the modules of the original tree
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     os.environ["PYTHONPATH"] = str(tree)
     if not compiles:
-        # a compiled file could outlive its fault: Python tells sources apart by size and second
+        # a compiled file could outlive its fault: Python compares only size and mtime in seconds
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     code = pytest.main([*PYTEST, *tests])
     sys.stdout.flush()
-    # a forked copy leaves without the exit handlers of its parent
+    # skip the exit handlers of the parent
     os._exit(code)
 
 
@@ -302,7 +302,7 @@ def say(outcome: Outcome) -> None:
 
 
 def save(outcomes: Sequence[Outcome], areas: Sequence[str]) -> None:
-    """Write the outcomes of some of the table's areas; what was saved of the others stays."""
+    """Write the outcomes of some of the table's areas; keep saved outcomes of the others."""
     path = RESULTS / "planted_faults.json"
     saved = files.read_json(str(path))["areas"] if path.is_file() else {}
     saved |= to_document(outcomes)["areas"]
@@ -312,7 +312,7 @@ def save(outcomes: Sequence[Outcome], areas: Sequence[str]) -> None:
 
 
 def to_document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return outcomes as a JSON document, by area, each with what it was made by."""
+    """Convert outcomes to a JSON document by area, each with its provenance."""
     provenance = files.provenance()
     areas: dict[str, Any] = {}
     for outcome in outcomes:
@@ -324,7 +324,7 @@ def to_document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def to_markdown(document: dict[str, Any]) -> str:
-    """Return the result as a page: counts for each area, then every fault."""
+    """Format the result as a page: counts per area, then every fault."""
     areas = {name: area["faults"] for name, area in document["areas"].items()}
     everything = [fault for faults in areas.values() for fault in faults]
     lines = ["| area | planted | noticed | survived |", "|---|--:|--:|--:|"]

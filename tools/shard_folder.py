@@ -1,4 +1,4 @@
-"""Pack anyone's own images, one folder for each class, into tar shards: see --help."""
+"""Pack your own images, one folder per class, into tar shards: see --help."""
 
 from rft import cli
 from rft.packing.commands.folder import main

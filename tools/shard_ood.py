@@ -1,4 +1,4 @@
-"""Pack an out-of-distribution benchmark of ImageNet into tar shards: see --help."""
+"""Pack ImageNet's out-of-distribution benchmarks into tar shards: see --help."""
 
 from rft import cli
 from rft.packing.commands.ood import main

@@ -1,4 +1,4 @@
-"""Pack any other test set, with domains if it has some, into tar shards: see --help."""
+"""Pack any other test set, with or without domains, into tar shards: see --help."""
 
 from rft import cli
 from rft.packing.commands.other_set import main

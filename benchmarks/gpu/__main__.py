@@ -8,7 +8,7 @@ if __name__ == "__main__":
     try:
         from benchmarks.gpu import command
     except ModuleNotFoundError as error:
-        # a bare machine: a line, because the traceback does not say what to do
+        # on a bare machine: one line, because the traceback does not name the remedy
         print(
             f"error: {error.name} is not installed. torch and torchvision must be there; "
             "`make wheels` elsewhere fills a folder with everything else (benchmarks/wheels.py)",

@@ -29,7 +29,7 @@ VERSIONS = ("torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Measure what rft does on this machine's first GPU, the most valuable things first.
+    """Measure rft on this machine's first GPU, the most valuable parts first.
 
     A later call measures what is lacking, if sources, packages and machine are the same.
     """
@@ -37,21 +37,21 @@ class Arguments:
     minutes: float = 6.0
     """Time for everything, from the start of the command."""
     parts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PART...")] = ()
-    """Only these parts; without any, all that are not measured whole yet."""
+    """Only these parts; by default all that are not completely measured yet."""
     again: bool = False
     """Measure everything again."""
     batch_size: int = 512
-    """Images per step, halved where they do not fit."""
+    """Images per step, halved if they do not fit."""
     models: tuple[str, ...] = ("ViT-B-32", "ViT-B-16")
     """open_clip models whose steps, training and evaluation are timed."""
     large: str = "ViT-L-14"
-    """A larger one, whose step alone is timed."""
+    """A larger model; only its step is timed."""
     rehearse: bool = False
-    """Run all of it on the CPU with a tiny model: every part for real, no figure worth keeping."""
+    """Run everything on the CPU with a tiny model: every part for real, without useful figures."""
     out: Path = RESULTS
     """Folder for gpu_CHIP.json and gpu_CHIP.md; a rehearsal's are called rehearsal_CPU."""
     work: Path = Path("build/gpu")
-    """Folder for shards, weights, runs and logs: some 12 GB, a rehearsal's are small."""
+    """Folder for shards, weights, runs and logs: some 12 GB, less for a rehearsal."""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < 24 * 60:
@@ -60,7 +60,7 @@ class Arguments:
             raise ValueError(f"--batch-size is {self.batch_size}; a fill needs 2 images or more")
 
     def settings(self) -> Settings:
-        """Decide how large everything is.
+        """Choose all sizes.
 
         Raises:
             ValueError: for a model that open_clip does not have.
@@ -110,9 +110,9 @@ def main(started: float) -> None:
             f"another call works in {arguments.work}; choose another --work"
         ) from error
     chip = "cpu" if arguments.rehearse else parts.gpu_name(settings)
-    # the running part is ended too, and what it has measured is kept
+    # the running part is ended too; its measurements so far are kept
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # as set by nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     result = Result(arguments, settings, list(wanted), chip)
     chosen = list(arguments.parts) or result.lacking(again=arguments.again)
@@ -123,7 +123,7 @@ def main(started: float) -> None:
 
 
 class Result:
-    """The result file, written again after each part.
+    """The result file, rewritten after each part.
 
     An earlier file's parts are kept if they were measured with the same sources, packages and
     settings on the same machine.
@@ -155,7 +155,7 @@ class Result:
             },
             "parts": {},
         }
-        # as the file has it: lists for tuples
+        # as in the file: lists instead of tuples
         self._document: dict[str, Any] = json.loads(json.dumps(document))
         if document["commit"] is None:
             warn(
@@ -163,7 +163,7 @@ class Result:
                 "one to the file REVISION: git describe --always --dirty --abbrev=12 > REVISION"
             )
         self._keep_earlier()
-        self._write()  # a folder that cannot be written is found out before anything is measured
+        self._write()  # a folder that cannot be written is an error before anything is measured
 
     def _keep_earlier(self) -> None:
         if not self.path.exists():
@@ -181,7 +181,7 @@ class Result:
             warn(f"{self.path} is not a result file ({type(error).__name__}); moved to {aside}")
 
     def lacking(self, *, again: bool) -> list[str]:
-        """List the parts that are not measured whole yet, or all of them, in order."""
+        """List the parts that are not completely measured yet, or all of them, in order."""
         found = {} if again else self._document["parts"]
         whole = [name for name in self._names if found.get(name, {}).get("status") == "done"]
         for name in whole:
@@ -189,7 +189,7 @@ class Result:
         return [name for name in self._names if name not in whole]
 
     def add(self, name: str, outcome: Outcome) -> None:
-        """Add a part and write JSON and table; no figure is lost to a try that ends worse."""
+        """Add a part and write JSON and table; a worse retry never discards a figure."""
         found = self._document["parts"]
         self._now[name] = outcome.status
         before = found.get(name)
@@ -215,7 +215,7 @@ class Result:
         files.write_json(str(self.path), self._document)
         try:
             text = page.text(self._document)
-        except Exception as error:  # the figures matter more than their table
+        except Exception as error:  # the figures are more important than their table
             traceback.print_exc()
             warn(f"no table of {self.path}: {error!r}")
             return
@@ -234,12 +234,12 @@ class Result:
 
 
 def merged(old: Any, new: Any) -> Any:
-    """Combine what two tries of a part have measured; the newer figure counts."""
+    """Combine the measurements of two tries of a part; the newer figure counts."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return {**old, **{name: merged(old.get(name), value) for name, value in new.items()}}
 
 
 def warn(message: str) -> None:
-    """Print what is wrong and stops nothing."""
+    """Print problems that do not stop the command."""
     print(f"WARNING: {message}", file=sys.stderr, flush=True)

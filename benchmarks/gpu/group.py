@@ -1,9 +1,9 @@
 """One rank in a process group: `torchrun --nproc_per_node 1 -m benchmarks.gpu.group FILE ...`.
 
-A single rank trains without a group, so on one GPU nothing would ever run NCCL, the control group
-beside it, and data parallelism over both. Here a group of one does. A JSON object goes to FILE:
-whether the gradients are those of a rank without a group, and the time of a step with it over the
-time without.
+A single rank trains without a group, so on one GPU NCCL, the control group beside it, and data
+parallelism over both would never run. Here a group of one runs them. FILE gets a JSON object:
+whether the gradients equal those of a rank without a group, and the time of a step with the group
+over the time without.
 """
 
 import dataclasses
@@ -62,13 +62,13 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 def seconds(job: Job, module: torch.nn.Module, batch: Batch) -> float:
-    """Time a step's forwards and backwards; the median."""
+    """Time a step's forwards and backwards and return the median."""
     work = {"step": lambda: gradients(job, module, batch)}
     return statistics.median(step.time_steps(work, 5, job.device)["step"])
 
 
 def exchange(world: dist.World, device: torch.device) -> None:
-    """Call every exchange of rft.dist once, and check what comes back."""
+    """Call every exchange of rft.dist once, and check the result."""
     rows = torch.arange(6, device=device).view(3, 2)
     assert torch.equal(dist.sum_over_ranks(world, rows), rows)
     assert torch.equal(dist.gather_rows(world, rows), rows)

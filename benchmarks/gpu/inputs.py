@@ -1,7 +1,7 @@
-"""What the parts work on: synthetic shards, and weights of open_clip's models drawn at random.
+"""Inputs of the parts: synthetic shards, and random weights of open_clip's models.
 
-Made by rft's own packer from image files, so that the trainer reads what a user's trainer reads.
-Everything is kept in the work folder, for the parts that come later and for the next call.
+rft's own packer writes the shards from image files, so the trainer reads the same format as a
+user's. Everything stays in the work folder, for later parts and the next call.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from rft.shards.images import Kind
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 
-REHEARSAL = "rft-rehearsal"  # a vision transformer of some thousand weights
-DISTINCT = 512  # images that are really drawn; the files are links to them
+REHEARSAL = "rft-rehearsal"  # a vision transformer with some thousand weights
+DISTINCT = 512  # images that are really generated; the files are links to them
 SET = "imagenet-train"
 
 open_clip.add_model_config(Path(__file__).with_name(f"{REHEARSAL}.json"))
@@ -31,11 +31,11 @@ open_clip.add_model_config(Path(__file__).with_name(f"{REHEARSAL}.json"))
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How large everything is."""
+    """All sizes."""
 
     device: str
     models: tuple[str, ...]
-    """open_clip names, the most telling last."""
+    """open_clip names, the most informative last."""
     large: str
     """A model whose batch is halved until it fits."""
     batch_size: int
@@ -43,7 +43,7 @@ class Settings:
     rounds: int
     """Timed repetitions of each step."""
     steps: int
-    """Optimizer steps of the whole trainer, one epoch."""
+    """Optimizer steps of the complete trainer, one epoch."""
     workers: int
     """Loader processes of the trainer."""
     work: Path
@@ -56,7 +56,7 @@ class Settings:
 
 
 def labels(classes: int) -> LabelSpace:
-    """Take the first classes of ImageNet, with one prompt for each."""
+    """Take the first classes of ImageNet, with one prompt each."""
     whole = LabelSpace.imagenet()
     return dataclasses.replace(
         whole, ids=whole.ids[:classes], names=whole.names[:classes], templates=whole.templates[:1]
@@ -71,7 +71,7 @@ def image_size(model: str) -> int:
 
 
 def draw(number: int, size: int) -> bytes:
-    """Draw a JPEG that compresses as a photograph does: soft shapes, some grain.
+    """Generate a JPEG that compresses like a photograph: soft shapes, some grain.
 
     About 17 KB at 224 pixels, as much as a photograph's square of that size.
     """
@@ -90,7 +90,7 @@ def write_images(settings: Settings, size: int) -> Path:
     folder = settings.work / name
     if folder.exists():
         return folder
-    part = settings.work / f"{name}.part"  # a folder without this ending is whole
+    part = settings.work / f"{name}.part"  # a folder without this ending is complete
     ids = labels(settings.classes).ids
     for wnid in ids:
         (part / "train" / wnid).mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,6 @@ def write_clip(settings: Settings, model: str) -> str:
                 "std": open_clip.OPENAI_DATASET_STD,
             },
         }
-        # last: a folder without it is written again
+        # last, because a folder without it is rewritten
         files.write_json(str(folder / HUB_CONFIG), document)
     return f"local-dir:{folder.resolve()}"

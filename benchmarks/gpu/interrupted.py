@@ -1,7 +1,6 @@
-"""`rft.train`, asked to stop in a step: `python -m benchmarks.gpu.interrupted STEP RECIPE ...`.
+"""`rft.train`, stopped within a step: `python -m benchmarks.gpu.interrupted STEP RECIPE ...`.
 
-The signal is sent from inside the step, so that the run stops after the same step however fast the
-machine is.
+The signal is sent from inside the step, so that the run stops after the same step on any machine.
 """
 
 import runpy
@@ -13,7 +12,7 @@ from rft.train import loop
 
 
 def main() -> None:
-    """Train, and send this process SIGTERM in a step (0-based)."""
+    """Train, and send this process SIGTERM within a step (0-based)."""
     wanted = int(sys.argv.pop(1))
     real = loop.accumulate_gradients
 

@@ -21,7 +21,7 @@ KERNEL_LETTERS = 60  # of a kernel's name, which can have hundreds
 
 
 def text(document: dict[str, Any]) -> str:
-    """Write the page of one result file; a missing part is named with its reason."""
+    """Format one result file as a page; a missing part is named with its reason."""
     parts = {name: part["values"] for name, part in document["parts"].items()}
     settings = document["settings"]
     blocks = [
@@ -36,7 +36,7 @@ def text(document: dict[str, Any]) -> str:
 
 
 def heading(document: dict[str, Any], chip: dict[str, Any]) -> str:
-    """Say what was measured, on what, when."""
+    """Describe the measurement: what, on which hardware, when."""
     where = chip.get("name", "an unknown device")
     if document["driver"]:
         where += f", driver {document['driver']}"
@@ -63,7 +63,7 @@ def measured_steps(parts: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def step_table(parts: dict[str, Any], models: Sequence[str]) -> str:
-    """Lay out a row for each model and implementation."""
+    """Format one row per model and implementation."""
     rows = []
     for model in models:
         found = measured_steps(parts, model)
@@ -75,7 +75,7 @@ def step_table(parts: dict[str, Any], models: Sequence[str]) -> str:
 
 
 def over(row: dict[str, Any], vanilla: dict[str, Any]) -> str:
-    """Write the time per image of one step over another's, between the extremes of both."""
+    """Format the time per image of one step over that of another, with the extremes of both."""
     if row is vanilla:
         return "1"
     images = vanilla["batch_size"] / row["batch_size"]
@@ -89,7 +89,7 @@ def over(row: dict[str, Any], vanilla: dict[str, Any]) -> str:
 
 
 def step_cells(row: dict[str, Any] | None, vanilla: dict[str, Any] | None) -> list[str]:
-    """Fill the cells of one timed step; `vanilla` is the one that it is compared with."""
+    """Format the cells of one timed step, which is compared with `vanilla`."""
     if row is None:
         return [NOT_MEASURED, *[""] * 5]
     memory, counted = row.get("peak_memory"), row.get("dry_run_memory")
@@ -105,7 +105,7 @@ def step_cells(row: dict[str, Any] | None, vanilla: dict[str, Any] | None) -> li
 
 
 def step_lines(parts: dict[str, Any], models: Sequence[str]) -> list[str]:
-    """Write a paragraph for each model's step: phases, kernels, waits for the GPU."""
+    """Format a paragraph per model's step: phases, kernels, waits for the GPU."""
     lines = []
     for model in models:
         values = parts.get(f"step-{model}", {})
@@ -130,7 +130,7 @@ def step_lines(parts: dict[str, Any], models: Sequence[str]) -> list[str]:
 
 
 def shares(values: dict[str, float]) -> str:
-    """Write shares as text, largest first."""
+    """Format shares, largest first."""
     ordered = sorted(values.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {share:.1%}" for name, share in ordered)
 
@@ -145,7 +145,7 @@ def shortened(kernels: dict[str, float]) -> dict[str, float]:
     return found
 
 
-TRAINED = (  # part, encoding, the step that the rate is compared with, words for the row
+TRAINED = (  # part, encoding, the step to compare the rate with, words for the row
     ("trainer", "pixels", "step", ""),
     ("compiled-trainer", "pixels", "step_compiled", ", --compile on"),
     ("trainer", "jpeg", "step", ""),
@@ -153,7 +153,7 @@ TRAINED = (  # part, encoding, the step that the rate is compared with, words fo
 
 
 def trainer_table(parts: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Lay out a row for each model and encoding of the shards."""
+    """Format one row per model and encoding of the shards."""
     rows = []
     for model in settings["models"]:
         for part, encoding, step, words in TRAINED:
@@ -173,7 +173,7 @@ def trainer_table(parts: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def bullets(parts: dict[str, Any]) -> str:
-    """List everything else, a line each."""
+    """List everything else, one line each."""
     lines = [
         *chip_lines(parts.get("chip", {})),
         *large_lines(parts.get("large", {})),
@@ -219,7 +219,7 @@ def large_lines(large: dict[str, Any]) -> list[str]:
 
 
 def mask_lines(masks: dict[str, Any]) -> list[str]:
-    """Describe how object masks agree between precisions."""
+    """Describe the agreement of object masks between precisions."""
     lines = []
     for model, thresholds in masks.items():
         if "not_measured" in thresholds:
@@ -234,7 +234,7 @@ def mask_lines(masks: dict[str, Any]) -> list[str]:
 
 
 def resume_lines(resume: dict[str, Any]) -> list[str]:
-    """Describe what one rank under torchrun showed."""
+    """Describe the result of one rank under torchrun."""
     lines = []
     if group := resume.get("group"):
         lines.append(
@@ -253,14 +253,14 @@ def resume_lines(resume: dict[str, Any]) -> list[str]:
 
 
 def equality(found: dict[str, Any]) -> str:
-    """Say whether two sets of tensors are equal."""
+    """Describe whether two sets of tensors are equal."""
     if found["bit_equal"]:
         return "bit-equal"
     return f"equal within {found['largest_of_its_tensor']:.1e} of a tensor's largest entry"
 
 
 def missing(parts: dict[str, Any]) -> str:
-    """Name the parts that were not measured whole, with the reason."""
+    """Name the parts that were not completely measured, with the reason."""
     lines = [
         f"`{name}` {part['status']}: {part['reason']}"
         for name, part in sorted(parts.items())

@@ -1,7 +1,7 @@
-"""What is measured, most valuable first; every part is a function of a record and the settings.
+"""The measured parts, most valuable first; each is a function of a record and the settings.
 
-A part puts what it knows into its record as soon as it knows it, because its time may end before it
-does. Rates are images per second, memory is bytes, times are seconds.
+A part writes every result to its record immediately, because its time may run out. Rates are images
+per second, memory is bytes, times are seconds.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from rft.loading.dataset import PackedDataset
 from rft.method import masking, relevance
 
 ROOT = Path(__file__).parents[2]
-THRESHOLDS = (0.3, 0.6)  # of object masks: the smallest and the largest that the paper tries
+THRESHOLDS = (0.3, 0.6)  # of object masks: the smallest and the largest in the paper
 EVALUATED = 10_240  # images: seconds for the largest model
 
 
@@ -51,17 +51,17 @@ def all_parts(settings: Settings) -> list[Part]:
             name=name,
             work=lambda record: work(record, settings, *options, **named),
             least=least,
-            # compilers on a busy CPU take what they take
+            # on a busy CPU, compilers may take any time
             most=math.inf if settings.device == "cpu" else most,
         )
 
     return [
-        # name, work, seconds without which it is not started, seconds after which it is cut off
+        # name, work, minimum seconds to start it, seconds after which it is ended
         part("chip", chip, 5, 40),
         *(part(f"step-{model}", steps, 15, 90, model, EAGER) for model in settings.models),
         part("trainer", trainer, 30, 150),
         part("tests", gpu_tests, 20, 90),
-        # a part of its own: compiling takes longer than everything else about a step
+        # a separate part: compiling takes longer than everything else about a step
         *(part(f"compiled-{m}", steps, 30, 150, m, COMPILED) for m in settings.models),
         part("compiled-trainer", trainer, 30, 150, compiled=True),
         part("masks", masks, 10, 45),
@@ -72,7 +72,7 @@ def all_parts(settings: Settings) -> list[Part]:
 
 
 def gpu_name(settings: Settings) -> str:
-    """Ask torch for the name of the GPU, in another process.
+    """Ask torch for the name of the GPU, in a separate process.
 
     Raises:
         ValueError: if torch sees none.
@@ -92,7 +92,7 @@ def name_in_torch() -> str:
 
 
 def chip(record: Record, settings: Settings) -> None:
-    """Record the hardware, and the two ceilings that everything else is held against."""
+    """Record the hardware, and the two ceilings to which all figures are compared."""
     device = use_device(settings)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -114,7 +114,7 @@ def chip(record: Record, settings: Settings) -> None:
 
 
 def driver() -> str | None:
-    """Ask for the version of the GPU's driver; None if nothing answers."""
+    """Query the version of the GPU's driver; None if nothing answers."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -144,13 +144,13 @@ def copy_rates(device: torch.device) -> dict[str, int]:
 
 
 def gpu_tests(record: Record, settings: Settings) -> None:
-    """Run tests/gpu: what only a GPU can show.
+    """Run tests/gpu, which test what only a GPU can show.
 
     Raises:
         RuntimeError: if a test failed, or on a GPU if none ran.
     """
     report = settings.work / "gpu-tests.xml"
-    # of pytest's plugins, those that happen to be installed are none of ours
+    # do not load pytest plugins that happen to be installed
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     words = ["-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", f"--junitxml={report}"]
     code = pytest.main([*words, str(ROOT / "tests" / "gpu")])
@@ -188,7 +188,7 @@ def masks(record: Record, settings: Settings) -> None:
     try:
         seen = draw_captioned("gpu benchmark", setting, 192, 0)
     except ModuleNotFoundError as error:
-        # its world is made of scans that come with scikit-learn, which weighs too much to carry
+        # its world is made of images that ship with scikit-learn, which is too large to carry
         record.put(MINIATURE, not_measured=f"{error.name} is not installed")
         return
     compare_masks(record, MINIATURE, trained, seen.images_BCHW, seen.labels_B)
@@ -201,7 +201,7 @@ def compare_masks(
     images_BCHW: torch.Tensor,
     labels_B: torch.Tensor,
 ) -> None:
-    """Record how the masks of one model agree between precisions."""
+    """Record the agreement of one model's masks between precisions."""
     device = model.head.weight.device
     images_BCHW, labels_B = images_BCHW.to(device), labels_B.to(device)
     maps = {}
@@ -225,7 +225,7 @@ def compare_masks(
 
 
 def evaluation(record: Record, settings: Settings) -> None:
-    """Count images as `rft.evaluate` does: fp32, with its loader."""
+    """Count images like `rft.evaluate`: fp32, with its loader."""
     device = use_device(settings)
 
     def count(model: str) -> None:
@@ -245,7 +245,7 @@ def evaluation(record: Record, settings: Settings) -> None:
             workers=settings.workers,
             progress=lambda images: arrived.append((time.perf_counter(), images)),
         )
-        # the loader's start is not part of the rate; the host has waited for all counts
+        # the rate excludes the loader's start; the host has waited for all counts
         seconds = time.perf_counter() - arrived[0][0]
         images = sum(number for _, number in arrived[1:])
         record.put(model, images_per_s=round(images / seconds, 1), images=images)

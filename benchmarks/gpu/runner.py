@@ -1,9 +1,9 @@
-"""Runs parts one after the other, each in a process of its own, within a time.
+"""Runs parts one after the other, each in its own process, within a time limit.
 
-Each part is forked from this process, which has imported everything and never touches the GPU: a
-part that fails, hangs, runs out of memory or breaks the GPU's context leaves the others alone. A
-part writes what it has measured as it goes, so that the end of its time loses only what was under
-way. The result file is written again after each part, for the same reason.
+Each part is forked from this process, which has imported everything and never touches the GPU. So a
+part that fails, hangs, runs out of memory or breaks the GPU's context does not affect the others. A
+part writes its measurements as it goes, so a timeout loses only the current one. The result file is
+rewritten after each part, for the same reason.
 """
 
 import os
@@ -21,12 +21,12 @@ from benchmarks import machine
 from rft.storage import files
 
 Status = Literal["done", "failed", "cut off", "not reached"]
-PARTING = 3.0  # seconds that a part's processes have to end when its time is up
+PARTING = 3.0  # seconds for a part's processes to end when its time is up
 LOG_TAIL = 2000  # characters of a failed part's output that are shown
 
 
 class Record:
-    """What a part has measured so far: a tree of JSON values in a file that is always whole."""
+    """A part's measurements so far: a tree of JSON values in a file that is always complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,14 +48,14 @@ class Part:
     name: str
     work: Callable[[Record], None]
     least: float
-    """Seconds without which it is not worth starting."""
+    """Minimum seconds to start it."""
     most: float
-    """Seconds after which it is cut off, however much is left for all parts."""
+    """Seconds after which it is ended, regardless of the time left for all parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a part ended."""
+    """The result of a part."""
 
     status: Status
     seconds: float
@@ -64,7 +64,7 @@ class Outcome:
 
 
 def each(cases: Mapping[str, Callable[[], None]]) -> None:
-    """Do all of a part's cases: one that fails says nothing of the others.
+    """Run all of a part's cases; a failure of one does not affect the others.
 
     Raises:
         RuntimeError: at the end, naming those that failed.
@@ -102,7 +102,7 @@ def run(
         print(f"{part.name} ...", flush=True)
         try:
             outcome = run_one(part, folder, min(part.most, left))
-        except BaseException:  # Ctrl-C or a signal: what the part has measured so far is kept
+        except BaseException:  # Ctrl-C or a signal: keep the part's measurements so far
             reason = "the command was ended"
             done(part.name, cut_off(part, folder, started, reason))
             raise
@@ -114,7 +114,7 @@ def run(
 
 
 def run_one(part: Part, folder: Path, seconds: float) -> Outcome:
-    """Run one part in a process of its own, for so many seconds at most."""
+    """Run one part in its own process, for at most so many seconds."""
     record, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
     failure = folder / f"{part.name}.failure"
     for path in (record, log, failure):
@@ -140,19 +140,19 @@ def run_one(part: Part, folder: Path, seconds: float) -> Outcome:
 
 
 def measured(record: Path) -> dict[str, Any]:
-    """Read what a part has recorded."""
+    """Read a part's record."""
     return files.read_json(str(record)) if record.exists() else {}
 
 
 def cut_off(part: Part, folder: Path, started: float, reason: str) -> Outcome:
-    """Describe a part that did not come to its end."""
+    """Describe a part that did not complete."""
     values = measured(folder / f"{part.name}.json")
     seconds = time.monotonic() - started
     return Outcome(status="cut off", seconds=seconds, reason=reason, values=values)
 
 
 def _be(part: Part, record: Path, log: Path, failure: Path) -> None:
-    """Be the process of a part; never returns."""
+    """Be the process of a part, which never returns."""
     code = 1
     try:
         os.setsid()
@@ -164,18 +164,18 @@ def _be(part: Part, record: Path, log: Path, failure: Path) -> None:
             os.dup2(descriptor, standard)
         part.work(Record(record))
         code = 0
-    except BaseException as error:  # whatever it is, it becomes the part's reason
+    except BaseException as error:  # any exception becomes the part's reason
         traceback.print_exc()
         failure.write_text(f"{type(error).__name__}: {files.reason(error)[:300]}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # not sys.exit: this is a copy of the parent, whose cleaning up is not this process's
+        # not sys.exit: this is a fork, which must not run the exit handlers of its parent
         os._exit(code)
 
 
 def _wait(pid: int, deadline: float) -> int | None:
-    """Wait for a part to end, and end whatever it left behind.
+    """Wait for a part to end, and end its remaining processes.
 
     Returns:
         Its exit status; None if its time ended first.
@@ -194,8 +194,8 @@ def _wait(pid: int, deadline: float) -> int | None:
 
 
 def end_all(session: int) -> None:
-    """End the processes of a part: politely, so that torchrun ends its ranks, then at once."""
-    # torchrun starts each rank in a session of its own
+    """End a part's processes: by a signal that lets torchrun end its ranks, then by SIGKILL."""
+    # torchrun starts each rank in its own session
     started = [*machine.session_processes(session), *machine.descendants(session)]
     deadline = time.monotonic() + PARTING
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -1,4 +1,4 @@
-"""The training command itself, as a user starts it: its rate, and a stop in its middle."""
+"""The training command itself, as a user starts it: its rate, and a stop half way."""
 
 import json
 import os
@@ -27,19 +27,19 @@ from rft.shards.images import Kind
 ROOT = Path(__file__).parents[2]
 KINDS: tuple[Kind, ...] = ("pixels", "jpeg")
 LOG = Path("/proc/self/fd/2")  # a part's standard error is its log
-# as rft prints a mistake, and Python the end of a traceback
+# prefixes of rft's error messages and of a traceback's last line
 ERROR = re.compile(r"error\b|[\w.]*(Error|Exception)\b")
-GROUPED = 64  # images of the step that is run in a process group
+GROUPED = 64  # images of the step in a process group
 
 
 def trainer(record: Record, settings: Settings, *, compiled: bool = False) -> None:
-    """Time the whole training command, with loader, logs and checkpoint, one epoch.
+    """Time the complete training command, with loader, logs and checkpoint, for one epoch.
 
     As written, or `compiled`: auto would not compile for so few steps.
     """
     largest = settings.models[-1]
     kinds = KINDS[:1] if compiled else KINDS
-    # the most telling first; where images come from a decoder, the fastest model shows it most
+    # most informative first; if images need decoding, the fastest model shows it best
     cases = [(model, kind) for kind in kinds for model in reversed(settings.models)]
     cases.sort(key=lambda case: case == (largest, "jpeg"))
 
@@ -63,7 +63,7 @@ def trainer(record: Record, settings: Settings, *, compiled: bool = False) -> No
 
 
 def rates(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Summarise a run's metrics without its first third.
+    """Summarise a run's metrics, excluding its first third.
 
     A rate that the loader cannot keep up shows in the batches that wait to be taken: they grow
     fewer from the first row to the last while the rate is still the step's.
@@ -83,7 +83,7 @@ def rates(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def resume(record: Record, settings: Settings) -> None:
-    """Run one rank under torchrun: the group of several GPUs, then a stop and a resumed run."""
+    """Run one rank under torchrun: the process group of several GPUs, a stop and a resumed run."""
     model = settings.models[0]
     prepare(settings, model, "pixels")
     record.put(model=model)
@@ -118,7 +118,7 @@ def compare_runs(left: Path, right: Path) -> dict[str, Any]:
 
 
 def prepare(settings: Settings, model: str, encoding: Kind) -> None:
-    """Make the inputs of a training, in a process of its own, so that more can be forked from this.
+    """Write the inputs of a training in a separate process, so that this one can still fork.
 
     A fork of a process whose torch has begun to use several threads can hang.
     """
@@ -166,7 +166,7 @@ def torchrun(*words: str, check: bool = True) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Delete a run, so that no later one is taken for finished."""
+    """Delete a run, so that a later one does not count as finished."""
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -199,15 +199,15 @@ def in_fork(work: Callable[[], object]) -> None:
 
 
 def log_size() -> int:
-    """Measure the part's log, to which this process and those that it starts print."""
+    """Return the size of the part's log, to which this process and its children print."""
     sys.stdout.flush()
     sys.stderr.flush()
     return LOG.stat().st_size
 
 
 def last_error(start: int) -> str:
-    """Find the last line of an error in the part's log, from a position on."""
-    if not LOG.is_file():  # a terminal or a pipe, outside a part
+    """Find the last error line in the part's log, from a position on."""
+    if not LOG.is_file():  # a terminal or a pipe, outside of a part
         return ""
     with LOG.open(errors="replace") as stream:
         stream.seek(start)

@@ -1,4 +1,4 @@
-"""One optimizer step: its time beside what it is compared with, and where the time goes."""
+"""One optimizer step: its time relative to alternatives, and where the time goes."""
 
 import functools
 import gc
@@ -28,13 +28,13 @@ COMPILED = ("step_compiled", "vanilla_compiled")
 TRITON = "step_triton"  # a kernel that only a GPU runs
 COUNTED = 8  # images on which operations are counted, which are the same for every image
 LARGE_KERNEL = 0.03  # share of the time of all kernels
-# of cuBLAS and of the driver too, which torch has no class for
+# also of cuBLAS and the driver, for which torch has no class
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
-SYNCHRONISED = "called a synchronizing CUDA operation"  # what torch warns of
+SYNCHRONISED = "called a synchronizing CUDA operation"  # torch's warnings
 
 
 def steps(record: Record, settings: Settings, model: str, names: Sequence[str]) -> None:
-    """Time one optimizer step of object-mask-single-fill, and of what it is compared with."""
+    """Time one optimizer step of object-mask-single-fill, and the steps to compare it with."""
     device = use_device(settings)
     student = step.build_classifier(model, settings.classes)
     arguments = step.Arguments(
@@ -67,7 +67,7 @@ def look_into(
 
 
 def large(record: Record, settings: Settings) -> None:
-    """Time a step of a large model at the batch that fits, as it is and with --recompute."""
+    """Time a step of a large model at the batch that fits, with and without --recompute."""
     device = use_device(settings)
     record.put(model=settings.large)
     student = step.build_classifier(settings.large, settings.classes)
@@ -90,7 +90,7 @@ def time_step(
     arguments: step.Arguments, device: torch.device, student: Classifier, name: str
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """Time one kind of step at the batch that fits; return its values, and the step."""
-    # what was timed before may have failed in its middle
+    # an earlier measurement may have failed half way
     student.zero_grad()
     free(device)
     precision: Precision = "tf32" if name.endswith("_tf32") else PRECISION
@@ -117,7 +117,7 @@ def time_step(
 def dry_run_memory(
     arguments: step.Arguments, device: torch.device, student: Classifier, batch: int
 ) -> int | None:
-    """Return the bytes that `--dry-run` prints for such a step; None if it only estimates them."""
+    """Return the bytes that `--dry-run` prints for such a step; None if it only estimates."""
     job = step.build_job(replace(arguments, batch_size=batch), device, PRECISION, student)
     need = memory.needs(job, [1])
     return None if need.estimated else round(need.totals[0])
@@ -141,7 +141,7 @@ def flops_per_image(
 def fitting(
     arguments: step.Arguments, device: torch.device, student: Classifier, name: str
 ) -> tuple[int, Callable[[], None], float]:
-    """Find the largest batch that fits, by halving the one asked for.
+    """Find the largest batch that fits, by halving the requested one.
 
     Returns:
         The batch, its step, and the seconds of the first call.
@@ -158,7 +158,7 @@ def fitting(
             run()
             step.synchronize(device)
             cold = time.perf_counter() - started
-            # AdamW takes its memory at the end of the first step
+            # AdamW allocates its state at the end of the first step
             run()
             step.synchronize(device)
             return batch, run, cold
@@ -208,7 +208,7 @@ def host_waits(run: Callable[[], None], device: torch.device) -> dict[str, int] 
 def kernels(
     run: Callable[[], None], device: torch.device, seconds_of_step: float
 ) -> dict[str, Any]:
-    """Find the kernels that take more than 3% of a step, and how much of the step kernels fill.
+    """Find the kernels that take more than 3% of a step, and the share of the step with kernels.
 
     On a CPU it is the operators that are listed.
 
@@ -219,7 +219,7 @@ def kernels(
     """
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
-    for _ in range(2):  # the first profile starts the tools
+    for _ in range(2):  # the first profile includes the start of the tools
         with profile(activities=activities) as profiler:
             run()
             step.synchronize(device)
@@ -227,7 +227,7 @@ def kernels(
     count = 0
     for event in profiler.key_averages():
         on_gpu = event.device_type != torch.autograd.DeviceType.CPU
-        # the phases that the training code names are no kernels
+        # the phases named in the training code are not kernels
         if on_gpu != gpu or getattr(event, "is_user_annotation", False):
             continue
         spent = event.self_device_time_total if gpu else event.self_cpu_time_total

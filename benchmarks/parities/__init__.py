@@ -1,9 +1,9 @@
-"""One module per published method: what rft and the method's released code make of equal numbers.
+"""One module per published method, which compares rft with the released code on equal numbers.
 
-A module names the REPOSITORY of the released code (`owner/name`) and the VARIABLE of the
-environment that holds the folder of a checkout of it. Its `measure(checkout)` runs both on the
-same random weights and returns, by what is compared, `difference` of the two. `python -m
-benchmarks.parity` runs all of them; a module imports the released code inside `measure` alone.
+A module names the REPOSITORY of the released code (`owner/name`) and the environment VARIABLE with
+the folder of its checkout. `measure(checkout)` runs both on the same random weights and returns
+their `difference` by compared quantity. `python -m benchmarks.parity` runs all modules. A module
+imports the released code only inside `measure`.
 """
 
 import importlib.util

@@ -1,13 +1,13 @@
 """DaWin against its released code (naver-ai/dawin, dawin_rft/main_dawin.py and mixturemodel.py).
 
-Its class runs whole on random models of two layers: coefficients, mixture, and the forward of each
-image with the merged weights of its cluster. Stand-ins: `wandb`, `clip` and `datasets`, which are
-imported for other parts; the reader of cached logits and `get_model_from_sd`, which give the random
-models in the place of CLIP; and `Tensor.cuda`, where there is no GPU. Temperatures are those that
-its code has for ViT-B/32.
+The released class runs unchanged on random models of two layers: coefficients, mixture, and the
+forward of each image with the merged weights of its cluster. Stand-ins: `wandb`, `clip` and
+`datasets`, which other parts import; the reader of cached logits and `get_model_from_sd`, which
+return the random models in place of CLIP; and `Tensor.cuda` if there is no GPU. Temperatures are
+those of the released code for ViT-B/32.
 
-Its mixture starts from k-means with random seeds and keeps the best of three; rft's starts from
-k-means at quantiles.
+The released mixture starts from k-means with random seeds and keeps the best of three; rft's starts
+from k-means at quantiles.
 """
 
 import sys
@@ -32,7 +32,7 @@ State = dict[str, Tensor]
 
 
 def measure(checkout: Path) -> dict[str, float]:
-    """Run its class and rft's functions on the same random models and images."""
+    """Run the released class and rft's functions on the same random models and images."""
     draw = torch.Generator().manual_seed(0)
     images_BP = torch.randn(IMAGES, PIXELS, generator=draw)
     start = {
@@ -65,14 +65,14 @@ def measure(checkout: Path) -> dict[str, float]:
 
 
 def forward(state: State, images_BP: Tensor) -> Tensor:
-    """Return the logits of a model of two layers."""
+    """Compute the logits of a model of two layers."""
     return torch.tanh(images_BP @ state["hidden"]) @ state["head"]
 
 
 def _theirs(
     module: ModuleType, images_BP: Tensor, start: State, end: State
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return its coefficients, means of clusters and logits of each image."""
+    """Compute the released coefficients, means of clusters and logits of each image."""
     args = SimpleNamespace(
         **{"model": "ViT-B/32", "device": "cpu", "expertise": "negexp_ent_ratio", "seed": 1},
         **{"wise_alpha": 0.0, "offset_adjustment": True, "ensemble_coef": "", "save_outputs": 0},
@@ -82,7 +82,7 @@ def _theirs(
 
     def read(*_: object, state_dict: State, **__: object) -> tuple[Any, ...]:
         logits = forward(state_dict, images_BP)
-        # without labels: its entropies need none
+        # without labels, which its entropies do not need
         labels = torch.zeros(IMAGES, dtype=torch.int64)
         return None, logits, labels, lambda z, device: z
 
@@ -111,7 +111,7 @@ def _theirs(
 
 
 class _Numbered:
-    """A data set whose labels are the images' numbers; what it should count, it keeps."""
+    """A data set whose labels are the image numbers; keeps the results given to it."""
 
     def __init__(self) -> None:
         self.numbers: list[Tensor] = []

@@ -1,8 +1,8 @@
 """FLYP's step against its released code (locuslab/FLYP): both towers, loss, gradients, updates.
 
-Its clip/model.py and clip/loss.py need torch and NumPy alone and are imported as they are; the
-model is its own CLIP, from the same random weights. Its training loop is not imported: it needs
-data sets. The steps here are AdamW's, which that loop takes, on one process.
+Its clip/model.py and clip/loss.py need only torch and NumPy and are imported unchanged; the model
+is the released CLIP, from the same random weights. Its training loop is not imported, because it
+needs data sets. The steps here use AdamW, like that loop, in one process.
 """
 
 import math
@@ -43,11 +43,11 @@ ARCHITECTURE = Architecture(
 
 
 def measure(checkout: Path) -> dict[str, float]:
-    """Fine-tune the same random CLIP by both, on the same images and prompts."""
+    """Fine-tune the same random CLIP with both, on the same images and prompts."""
     draw = torch.Generator().manual_seed(0)
     clip, prompts_KMT = random_clip(draw), random_prompts(draw)
     images_BCHW = torch.randint(256, (IMAGES, 3, 32, 32), generator=draw, dtype=torch.uint8)
-    # a class is there more than once: its other images are negatives
+    # one class occurs more than once: its other images are negatives
     labels_B = torch.randint(CLASSES, (IMAGES,), generator=draw)
     template_B = torch.randint(TEMPLATES, (IMAGES,), generator=draw)
     peer = peer_clip(checkout, clip)
@@ -76,8 +76,8 @@ def compared(
     theirs: Callable[[], Tensor],
     prompts_KMT: Tensor,
 ) -> dict[str, float]:
-    """Compare loss and gradients of a step, and the loss and the head after some."""
-    # with its rate of 1e-5 a few steps would change nothing that fp32 can compare
+    """Compare loss and gradients of a step, and the loss and the head after several."""
+    # with its rate of 1e-5, a few steps would change nothing measurable in fp32
     config = replace(build("flyp").optim, lr=RATE)
     own_optimizer = build_optimizer(objective, config)
     their_optimizer = torch.optim.AdamW(
@@ -116,7 +116,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def random_clip(draw: torch.Generator) -> PretrainedClip:
-    """Return a CLIP of random weights, with logits of a trained one's scale."""
+    """Create a CLIP with random weights and the logit scale of a trained one."""
     text: Any = {
         "context_length": CONTEXT,
         "vocab_size": TOKENS,
@@ -183,7 +183,7 @@ def paired(objective: Objective, peer: nn.Module) -> list[tuple[nn.Parameter, nn
 
 @torch.no_grad()
 def peer_head(peer: Any, prompts_KMT: Tensor) -> Tensor:
-    """Return the zero-shot head (K, E) as the released code makes it, by its text tower."""
+    """Compute the zero-shot head (K, E) with the released code's text tower."""
     rows = []
     for prompts_MT in prompts_KMT:
         padded_MT = torch.zeros(TEMPLATES, CONTEXT, dtype=torch.int64)

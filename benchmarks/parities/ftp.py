@@ -1,6 +1,6 @@
 """Fast trainable projection against AdamP (GT-RIPL/FTP, util/FTP.py).
 
-The file needs torch alone and is imported as it is, without its package.
+The file needs only torch and is imported unchanged, without its package.
 """
 
 from pathlib import Path

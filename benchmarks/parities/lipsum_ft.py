@@ -1,11 +1,11 @@
 """Lipsum-FT's loss against its released code (cs-giung/lipsum-ft), which is JAX.
 
-scripts/Lipsum-FT.py defines its loss inside of its training function and imports TensorFlow's data
-sets, Flax and transformers, so that function `loss_fn` alone is taken out of the file and called as
-it is. What it takes from around itself is given here: `jax`, NumPy's namespace in JAX, the labels'
-one-hot rows (flax.training.common_utils), towers that are one random matrix each in place of the
-transformers, and its defaults. Random tokens, their text features, both losses and JAX's gradients
-are its own. Needs `jax` (pip install jax).
+scripts/Lipsum-FT.py defines its loss inside its training function and imports TensorFlow's data
+sets, Flax and transformers, so only the function `loss_fn` is extracted from the file and called
+unchanged. Its surroundings are provided here: `jax`, JAX's NumPy namespace, one-hot labels
+(flax.training.common_utils), towers that are one random matrix each in place of the transformers,
+and its defaults. Random tokens, their text features, both losses and JAX's gradients are the
+released code's. Needs `jax` (pip install jax).
 """
 
 import ast
@@ -31,8 +31,8 @@ LOG_SCALE = 4.0
 
 
 def measure(checkout: Path) -> dict[str, float]:
-    """Compute loss and gradients of the same features, labels and texts by both."""
-    # here: rft does not need it
+    """Compute loss and gradients of the same features, labels and texts with both."""
+    # imported here, because rft does not need it
     import jax  # pyrefly: ignore[missing-import]
 
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def measure(checkout: Path) -> dict[str, float]:
 def their_loss(
     checkout: Path, jax: Any, arrays: dict[str, np.ndarray], labels_B: np.ndarray
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the released loss function, and where it leaves the tokens and texts of a call."""
+    """Return the released loss function, and where it stores the tokens and texts of a call."""
     tree = ast.parse((checkout / "scripts/Lipsum-FT.py").read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     (function,) = (node for node in functions if node.name == "loss_fn")
@@ -109,7 +109,7 @@ def their_loss(
 def our_loss(
     arrays: dict[str, np.ndarray], labels_B: np.ndarray, texts_ME: Tensor
 ) -> dict[str, Tensor]:
-    """Return the same terms and gradients by rft's functions."""
+    """Compute the same terms and gradients with rft's functions."""
     own = {name: torch.from_numpy(value) for name, value in arrays.items()}
     tower, head = own["tower"].requires_grad_(), own["head"].requires_grad_()
     scale = torch.tensor(LOG_SCALE).exp()

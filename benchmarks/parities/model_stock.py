@@ -1,12 +1,12 @@
 """Model Stock against mergekit (arcee-ai/mergekit, mergekit/merge_methods/model_stock.py).
 
-The authors' repository (naver-ai/model-stock) announces its code; mergekit's is the one that is
-most used, and takes the mean cosine over pairs of more than two models, as rft does. It clamps
+The authors' repository (naver-ai/model-stock) only announces its code. mergekit's is the most used
+implementation, and takes the mean cosine over pairs of more than two models, as rft does. It clamps
 neither t nor negative cosines, so only tensors with a positive mean cosine are compared.
 
-The file is imported as it is, with stand-ins for what surrounds it: the classes of its task graph
+The file is imported unchanged, with stand-ins for its imports: the classes of its task graph
 (`Task`, `WeightInfo`, `ModelReference`, `ImmutableMap`, `MergeMethod` and its definitions) and
-`rectify_embed_sizes`, which changes embeddings of different sizes alone.
+`rectify_embed_sizes`, which only changes embeddings of different sizes.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def measure(checkout: Path) -> dict[str, float]:
 
 
 def weights(count: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Draw a start, and models that moved from it, partly in the same direction."""
+    """Generate a start, and models that moved from it partly in the same direction."""
     draw = torch.Generator().manual_seed(count)
 
     def tensors(scale: float) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def _their_tensor(theirs: ModuleType, states: list[dict[str, Tensor]], name: str
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Let mergekit's modules be importable, of which the file uses names alone."""
+    """Provide mergekit's modules, of which the file uses only names."""
     names = {
         "mergekit": (),
         "mergekit.architecture": ("WeightInfo",),

@@ -1,6 +1,6 @@
 """Selective projection decay against AdamSPD (GT-RIPL/Selective-Projection-Decay, adamSPD.py).
 
-The file needs torch alone and is imported as it is.
+The file needs only torch and is imported unchanged.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def measure(checkout: Path) -> dict[str, float]:
         )
         steps(ours, theirs, our_optimizer, their_optimizer)
         name = f"{STEPS} steps, lambda {strength:g}, from {start} weights"
-        # of what training changed, which is smaller than the weights
+        # relative to the change by training, which is smaller than the weights
         found[f"{name}: theta - theta_0"] = changed(ours, theirs, anchors)
     return found
 
@@ -61,7 +61,7 @@ def steps(
     draw = torch.Generator().manual_seed(7)
     drifts = [torch.randn(tensor.shape, generator=draw) for tensor in ours]
     for step in range(STEPS):
-        # the loss falls for some steps and rises for others, so that both branches are taken
+        # the loss falls in some steps and rises in others, so that both branches run
         sign = 1 if step % 10 < 6 else -1
         for own, their, drift in zip(ours, theirs, drifts, strict=True):
             noise = torch.randn(own.shape, generator=draw)
@@ -72,7 +72,7 @@ def steps(
 
 
 def changed(ours: list[Tensor], theirs: list[Tensor], anchors: list[Tensor]) -> float:
-    """Return the largest difference over all tensors of what training changed."""
+    """Return the largest difference in the change by training, over all tensors."""
     return max(
         parities.difference((own - anchor).detach(), (their - anchor).detach())
         for own, their, anchor in zip(ours, theirs, anchors, strict=True)

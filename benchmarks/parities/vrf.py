@@ -1,13 +1,13 @@
 """VRF against its released code (BeierZhu/VRF, src/knn_distance.py and src/main.py).
 
-Both of its scripts run whole, on random features and logits in the place of CLIP's. Stand-ins:
-`src.models.modeling` (models that are never asked), `src.datasets` and `src.datasets.common` (no
+Both scripts run unchanged, on random features and logits in place of CLIP's. Stand-ins:
+`src.models.modeling` (models that are never called), `src.datasets` and `src.datasets.common` (no
 images are read), and in main.py `Calibrater`, whose search for temperatures on ImageNet's
-validation images rft does not follow: both sides get the same two. faiss is needed, as its exact
-index makes the distances.
+validation images rft does not follow: both sides get the same two. faiss is required, because its
+exact index computes the distances.
 
-rft's k is a thousandth of the bank, as in the paper; the code's is 1000 times the bank's share of
-the training images. Here rft gets the code's k.
+rft's k is a thousandth of the bank, as in the paper; the released k is 1000 times the bank's share
+of the training images. This comparison uses the released k.
 """
 
 import sys
@@ -67,7 +67,7 @@ def measure(checkout: Path) -> dict[str, float]:
 
 
 def draw(model: str, name: str, images: int) -> Outputs:
-    """Draw features that lie around those of their class, logits and labels."""
+    """Generate features around those of their class, logits and labels."""
     shared = torch.Generator().manual_seed(len(name))
     labels = torch.randint(CLASSES, (images,), generator=shared)
     own = torch.Generator().manual_seed(1 + 2 * len(name) + (model == "ft"))
@@ -81,7 +81,7 @@ def draw(model: str, name: str, images: int) -> Outputs:
 def _theirs(
     checkout: Path, outputs: dict[tuple[str, str], Outputs]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the distances and the mixed probabilities of each set, as their scripts make them."""
+    """Compute the distances and the mixed probabilities of each set with the released scripts."""
     names = ("src", "src.models", "src.models.modeling", "src.datasets", "src.datasets.common")
     found: list[Tensor] = []
     with stand_ins.modules(names) as made, tempfile.TemporaryDirectory() as cache:
@@ -111,7 +111,7 @@ def _theirs(
 
 
 class _Model:
-    """Stand-in for a model that is loaded and put on a device."""
+    """Stand-in for a model that is loaded and moved to a device."""
 
     @classmethod
     def load(cls, _: str) -> "_Model":
@@ -127,7 +127,7 @@ def _set(module: ModuleType, name: str, value: Any) -> None:
 
 
 def _reader(outputs: dict[tuple[str, str], Outputs]) -> Callable[..., tuple[Any, ...]]:
-    """Return what stands for their forward pass: the numbers that were drawn, copied."""
+    """Stand in for their forward pass: return a copy of the generated numbers."""
 
     def read(_: object, __: object, save_prefix: str, dataset_name: str, is_train: bool = False):
         model = save_prefix.rpartition("_")[2]
@@ -138,7 +138,7 @@ def _reader(outputs: dict[tuple[str, str], Outputs]) -> Callable[..., tuple[Any,
 
 
 def _calibrater(outputs: dict[tuple[str, str], Outputs]) -> type:
-    """Return what stands for their search: the temperature of the model with these logits."""
+    """Stand in for their search: return the temperature of the model with these logits."""
 
     class Calibrater:
         def __init__(self, logits: Tensor, _: float) -> None:
@@ -152,7 +152,7 @@ def _calibrater(outputs: dict[tuple[str, str], Outputs]) -> type:
 
 
 def _quietly(run: Callable[[], object]) -> None:
-    """Run what prints its results to stderr: the last line of a benchmark's stdout is its own."""
+    """Print results to stderr, because the last line of stdout is the benchmark's own."""
     before, sys.stdout = sys.stdout, sys.stderr
     try:
         run()

@@ -1,6 +1,6 @@
 """The weighted moving teacher against TRACER's (HesamAsad/TRACER, src/models).
 
-Its beta_moving_average.py needs torch and SciPy and is imported as it is.
+Its beta_moving_average.py needs torch and SciPy and is imported unchanged.
 """
 
 import copy
@@ -39,7 +39,7 @@ def measure(checkout: Path) -> dict[str, float]:
         peer.update()
         if step in (1, STEPS):
             parts = zip(teacher.parameters(), peer.moving_avg.parameters(), start, strict=True)
-            # of what the teacher has moved, which is smaller than its weights
+            # relative to the teacher's movement, which is smaller than its weights
             found[f"{step} of {STEPS} steps: T - theta_0"] = max(
                 parities.difference((ours - first).detach(), (other - first).detach())
                 for ours, other, first in parts

@@ -1,6 +1,6 @@
-"""The thirteen questions of docs/peers.md, put to the libraries that people use for the same work.
+"""The thirteen questions of docs/peers.md, tested on libraries for the same work.
 
-Each peer is run in the environment that it asks for, on a few hundred small photographs, by the way
-that its documentation shows; what it did is counted, not what it says. `python -m benchmarks.peers`
-runs them all and rft's own tests of the same questions.
+Each peer runs in the environment that it requires, on a few hundred small photographs, in the way
+that its documentation shows. The tests count what the peer does and ignore what it reports.
+`python -m benchmarks.peers` runs them all, and rft's own tests of the same questions.
 """

@@ -1,4 +1,4 @@
-"""Ask all peers the thirteen questions: `python -m benchmarks.peers [--save]`."""
+"""Test all peers on the thirteen questions: `python -m benchmarks.peers [--save]`."""
 
 from benchmarks.peers.command import main
 from rft import cli

@@ -1,4 +1,4 @@
-"""The question of equal file names in a cache (T8), for the peers that have a cache."""
+"""The question of equal file names in a cache (T8), for peers with a cache."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ def equal_names(
     *,
     variables: Callable[[str], tuple[str, dict[str, str]]],
 ) -> Verdict:
-    """Read `train` and then `val`, whose shards have the same names, with the same cache folder.
+    """Read `train` and then `val`, whose shards have the same names, through the same cache folder.
 
     `read` takes a set's URL and the cache and returns the numbers that came; `variables` is
     `Peer.remote` for the server's URL.
@@ -41,7 +41,7 @@ def equal_names(
             ended = processes.call(job, work / "made")
             if ended.error is not None:
                 said = f"reading {name} through the same cache folder: {short(ended.error)}"
-                if name == "train":  # nothing was there yet that it could have taken for its own
+                if name == "train":  # no earlier file could have been mistaken for its own
                     return Verdict("not run", said)
                 return Verdict("pass" if "already" in ended.error.lower() else "fail", said)
             came[name] = ended.value

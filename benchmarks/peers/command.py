@@ -1,4 +1,4 @@
-"""Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
+"""Test the peers and rft on the thirteen questions: `python -m benchmarks.peers --save`.
 
 The peers need the packages that `python -m benchmarks.environments` installs. rft runs through the
 same probes. Its own, stricter tests of the same questions (`test_t1_*` to `test_t13_*`) are counted
@@ -35,27 +35,27 @@ PEERS = {
     "mosaicml-streaming": ("on_streaming", "mosaicml-streaming"),
     "litdata": ("on_litdata", "litdata"),
 }
-PATIENCE = 1800.0  # seconds for all questions to one peer
+PATIENCE = 1800.0  # seconds per peer for all questions
 Answers = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Ask all peers, each in the environment that it needs."""
+    """Test all peers, each in the environment that it needs."""
 
     peers: tuple[str, ...] = tuple(PEERS)
-    """Which of them."""
+    """Peers to test."""
     tests: tuple[str, ...] = TESTS
-    """Which of T1 to T13."""
+    """Questions of T1 to T13."""
     at_once: int = 2
-    """Peers that are asked at the same time."""
+    """Peers that are tested in parallel."""
     save: bool = False
     """Also write peers.json and peers.md in benchmarks/results, and docs/results/peers.md. Saved
     answers of peers and tests that this call leaves out stay, each with its commit."""
 
 
 def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
-    """Return a peer's versions and its answers; what did not come is `not run`, with the reason."""
+    """Return a peer's versions and answers; a missing answer is `not run`, with the reason."""
     module, environment = PEERS[peer]
     absent = environment and environments.absence(environment)
     if absent:
@@ -86,7 +86,7 @@ def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], 
 
 
 def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
-    """Count how rft's own tests of the same questions end, by question and outcome."""
+    """Count the outcomes of rft's own tests of the same questions, by question."""
     report = work / "rft.xml"
     names = " or ".join(f"test_{test.lower()}_" for test in tests)
     command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", names]
@@ -200,7 +200,7 @@ def escaped(text: str) -> str:
 
 
 def main() -> None:
-    """Ask, print, save."""
+    """Test, print, save."""
     arguments = cli.parse(Arguments, prog="benchmarks.peers")
     for peer in arguments.peers:
         if peer not in PEERS:

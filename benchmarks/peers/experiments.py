@@ -1,6 +1,7 @@
-"""The experiments: each takes a peer and an empty folder and returns what was seen.
+"""The experiments: each takes a peer and an empty folder and returns its observations.
 
-They are the same for all peers; what differs (how it reads, writes, caches, resumes) is in `Peer`.
+They are the same for all peers; differences (how a peer reads, writes, caches, resumes) are in
+`Peer`.
 """
 
 import gc
@@ -37,13 +38,13 @@ from benchmarks.servers.faults import Fault
 
 Result = Literal["pass", "fail", "n.a.", "not run"]
 TESTS = tuple(f"T{number}" for number in range(1, 14))
-# ranks, loader processes: no more of both together than there are shards
+# ranks, loader processes: together at most as many as shards
 LAYOUTS = ((1, 0), (1, 3), (2, 0), (2, 2), (4, 1), (8, 0), (8, 2))
 EVALUATION_RANKS = (1, 3, 7, 8)
 FULL_STEPS = COUNT // GLOBAL_BATCH  # what comes after is a tail
-KILLS = 60  # what a kill leaves behind depends on the moment: some leave nothing
+KILLS = 60  # the remains of a kill depend on its moment: sometimes there are none
 EPOCHS = 12
-BOX = 120.0  # seconds that an experiment may take, less what its last process may
+BOX = 120.0  # seconds per experiment, excluding its last process
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,21 @@ class Verdict:
 
     result: Result
     seen: str
-    """What happened, in numbers."""
+    """The observations, in numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """How a library is used, as its documentation shows."""
+    """How a library is used, according to its documentation."""
 
     write: Callable[[Sequence[Sample], Path], None]
-    """Makes a set that the library reads."""
+    """Writes a set in the library's format."""
     train: Callable[[Reading], Callable[[int], Iterator[Batch]]]
-    """Makes a loader, which starts an epoch by its number: shuffled, all ranks take part."""
+    """Builds a loader that starts an epoch by its number: shuffled, over all ranks."""
     evaluate: Callable[[Reading], Iterator[Batch]]
     """One pass for evaluation."""
     first_rank_evaluates: bool = False
-    """Whether evaluation is the first rank's work alone."""
+    """Whether only the first rank evaluates."""
     suffix: str
     """Of its shards."""
     place: Callable[[Path], Place]
@@ -76,17 +77,17 @@ class Peer:
     cached: bool = False
     """Whether shards are copied to `Reading.cache` before they are read."""
     peek: Callable[[Reading], Any]
-    """Looks at the first sample in the parent; returns what stays open, to be held."""
+    """Looks at the first sample in the parent; returns the resources that stay open."""
     clients: tuple[str, ...] = ()
     """Modules of the classes that hold connections."""
     pack: Callable[[Sequence[Sample], Path], None] | None = None
-    """The library's packer, whose output must be the same each time; None: it has none."""
+    """The library's packer, whose output must be reproducible; None if it has none."""
     time_of_work: bytes = rb"(?!)"
     """Pattern of the times that its JSON records hold, which are not compared; none matches."""
     names: Callable[[Path], list[str]] | None = None
     """Writes photographs under NAMES into a folder and returns the names that come back."""
     own: Mapping[str, Callable[["Peer", Path], Verdict] | str] = field(default_factory=dict)
-    """Experiments of its own, and reasons why a question is not applicable."""
+    """Experiments of its own, and reasons why a question does not apply."""
 
 
 def run(peer: Peer, test: str, work: Path) -> Verdict:
@@ -98,7 +99,7 @@ def run(peer: Peer, test: str, work: Path) -> Verdict:
 
 
 def whole_set(peer: Peer, work: Path) -> Path:
-    """Return the set that all read, made once."""
+    """Return the set read by all experiments, created once."""
     folder = work / "set"
     if not folder.exists():
         ended = call(lambda: peer.write(photographs(), folder), work / "made")
@@ -107,7 +108,7 @@ def whole_set(peer: Peer, work: Path) -> Path:
 
 
 def reading(source: Path | str, work: Path, **options: Any) -> Reading:
-    """Return how a set is read, with a cache that is empty."""
+    """Return the settings to read a set with an empty cache."""
     cache = processes.new_path(work, "cache")
     return Reading(source=str(source), cache=str(cache), **options)
 
@@ -121,7 +122,7 @@ def train_job(
     state: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Delivered]:
-    """Return what the ranks of a training job get in its first epoch, or after `state`."""
+    """Return the samples of a training job's ranks in the first epoch, or after `state`."""
     order = reading(
         source,
         work / "jobs",
@@ -141,13 +142,13 @@ def global_batches(ranks: Sequence[Delivered]) -> list[list[int]]:
 
 
 def first_error(ranks: Sequence[Delivered]) -> str | None:
-    """Return the first error of a job's ranks, short."""
+    """Return the first error of a job's ranks, shortened."""
     errors = [rank.error for rank in ranks if rank.error is not None]
     return short(errors[0]) if errors else None
 
 
 def short(text: str, limit: int = 160) -> str:
-    """Return a message on one line, without folders of this run, cut at the limit."""
+    """Format a message as one line, without folders of this run, cut at the limit."""
     words = " ".join(text.split())
     words = " ".join(
         word if "/" not in word else word.rsplit("/", 1)[1] or word for word in words.split(" ")
@@ -156,7 +157,7 @@ def short(text: str, limit: int = 160) -> str:
 
 
 def count_of(samples: Sequence[int]) -> str:
-    """Return how many of the set's samples are missing and how many came again, in words."""
+    """Count the missing and the repeated samples of the set, in words."""
     counts = Counter(samples)
     again = sum(count - 1 for count in counts.values())
     missing = COUNT - len(counts.keys() & set(range(COUNT)))
@@ -164,7 +165,7 @@ def count_of(samples: Sequence[int]) -> str:
 
 
 def layouts(peer: Peer, work: Path) -> dict[tuple[int, int], list[Delivered]]:
-    """Return the first epoch in all layouts; read once, for two questions."""
+    """Return the first epoch in all layouts, read once for two questions."""
     kept = work / "layouts.json"
     if not kept.exists():
         source = whole_set(peer, work)
@@ -224,7 +225,7 @@ def t2(peer: Peer, work: Path) -> Verdict:
 
 
 def t3(peer: Peer, work: Path) -> Verdict:
-    """SIGKILL two ranks in the middle of an epoch; go on with one and with four."""
+    """SIGKILL two ranks in the middle of an epoch; resume with one and with four."""
     source = whole_set(peer, work)
     expected = global_batches(train_job(peer, source, work, 2, 0))[:FULL_STEPS]
     before = train_job(peer, source, work, 2, 0, kill_after=4)
@@ -262,7 +263,7 @@ def t4(peer: Peer, work: Path) -> Verdict:
 
 
 def epoch_verdict(job: Sequence[Delivered]) -> Verdict:
-    """Return whether an epoch is whole: all samples once but for a tail, and as many steps each."""
+    """Return whether an epoch is complete: all samples once, except a tail, and equal steps."""
     if error := first_error(job):
         return Verdict("fail", error)
     samples = list(chain.from_iterable(rank.samples for rank in job))
@@ -318,7 +319,7 @@ def told_of_damage(
     name: str,
     notes: list[str],
 ) -> bool:
-    """Read a damaged set, note what came, and return whether nothing was lost in silence.
+    """Read a damaged set, note the result, and return whether no loss was silent.
 
     Where the shard was refused on its way into a cache, the set is read again with the same cache.
     """
@@ -352,7 +353,7 @@ def checksums_of(one: Delivered) -> dict[int, int]:
 
 
 def t7(peer: Peer, work: Path) -> Verdict:
-    """Read from a web server that breaks every third answer off."""
+    """Read from a web server that interrupts every third answer."""
     whole_set(peer, work)
     notes, good = [], True
     for kind, what in (("fin", "closed"), ("rst", "reset")):
@@ -375,7 +376,7 @@ def t7(peer: Peer, work: Path) -> Verdict:
 
 
 def read_with(peer: Peer, order: Reading, work: Path, variables: Mapping[str, str]) -> Delivered:
-    """Return one pass by a process whose environment has more variables."""
+    """Return one pass by a process with additional environment variables."""
 
     def batches(rank: int) -> Iterator[Batch]:
         os.environ.update(variables)
@@ -385,7 +386,7 @@ def read_with(peer: Peer, order: Reading, work: Path, variables: Mapping[str, st
 
 
 def t9(peer: Peer, work: Path) -> Verdict:
-    """Kill the packer at random moments and start it again."""
+    """Kill the packer at random moments and restart it."""
     if peer.pack is None:
         return Verdict("n.a.", "it has no packer")
     pack, samples = peer.pack, photographs()
@@ -475,7 +476,7 @@ def t11(peer: Peer, work: Path) -> Verdict:
         growth = max(size for size, _ in settled) / settled[0][0] - 1
         counts = [count for _, count in settled]
         half = len(counts) // 2
-        # at last: those of processes that have just ended may be there for a moment
+        # waited for, because processes that have just ended may still be listed
         good &= growth <= 0.05 and counts[-1] <= max(counts[:half])
         notes.append(
             f"{workers} workers: memory {100 * growth:+.1f}%, "
@@ -486,7 +487,7 @@ def t11(peer: Peer, work: Path) -> Verdict:
 
 
 def t12(peer: Peer, work: Path) -> Verdict:
-    """Look at a sample in the parent, then start workers and see what they inherited."""
+    """Look at a sample in the parent, then start workers and inspect their inherited resources."""
     whole_set(peer, work)
     notes, good = [], True
     with processes.server(work, work / "made", None) as (url, _):
@@ -518,11 +519,11 @@ def t12(peer: Peer, work: Path) -> Verdict:
 
 
 def inheritance(peer: Peer, order: Reading, report: Path) -> list[int]:
-    """Peek, then read with two workers that tell; return this process and its number of clients."""
+    """Peek, then read with two reporting workers; return this process and its client count."""
     before = set(descriptors().values())
     held = peer.peek(order)
     opened = tuple(target for target in descriptors().values() if target not in before)
-    # some extension types have a descriptor in place of the name
+    # some extension types have a descriptor instead of a name
     modules = (str(type(thing).__module__) for thing in gc.get_objects())
     clients = sum(module.startswith(peer.clients) for module in modules)
     watched = replace(order, workers=2, decode=Decode(str(report), opened))
@@ -533,7 +534,7 @@ def inheritance(peer: Peer, order: Reading, report: Path) -> list[int]:
 
 
 def t13(peer: Peer, work: Path) -> Verdict:
-    """Go on from a state with another seed, another set in the same place, another batch."""
+    """Resume from a state with a different seed, set at the same URL, or batch."""
     source = whole_set(peer, work)
     job = train_job(peer, source, work, 1, 0, kill_after=3)
     state = job[0].states[2]

@@ -25,7 +25,7 @@ def write(photographs: Sequence[Sample], folder: Path, **options: Any) -> None:
 
 
 def pack(photographs: Sequence[Sample], folder: Path) -> None:
-    """Write with the checkpoints that it offers for being killed."""
+    """Write with the checkpoints that it offers against kills."""
     write(photographs, folder, use_checkpoint=True)
 
 
@@ -45,7 +45,7 @@ def _dataset(reading: Reading, **options: Any) -> Any:
 
 
 class _Pair:
-    """Makes number and tensor of a stored sample."""
+    """Reads number and tensor of a stored sample."""
 
     def __init__(self, reading: Reading) -> None:
         self.decode = reading.decode
@@ -85,7 +85,7 @@ def evaluate(reading: Reading) -> Iterator[Batch]:
 
 
 def remote(url: str) -> tuple[str, dict[str, str]]:
-    """Return how the server is reached: as an S3 endpoint."""
+    """Return the access to the server: as an S3 endpoint."""
     keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_ALLOW_HTTP": "true"}
     plain = {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}
     return "s3://set", {"AWS_DEFAULT_REGION": "us-east-1", **plain, **keys}

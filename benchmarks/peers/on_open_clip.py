@@ -52,7 +52,7 @@ def train(reading: Reading) -> Callable[[int], Iterator[Batch]]:
 
 
 def evaluate(reading: Reading) -> Iterator[Batch]:
-    """Return one pass over all shards, which its main program does on the first rank alone."""
+    """Return one pass over all shards; its main program evaluates only on the first rank."""
     data = get_wds_dataset(_settings(reading), reading.decode, False, tokenizer=_tokens)
     for images_BCHW, numbers_B in data.dataloader:
         yield Batch(numbers_B, images_BCHW)
@@ -66,7 +66,7 @@ def peek(reading: Reading) -> Any:
 
 
 def names(folder: Path) -> list[str]:
-    """Read a tar of ImageNet-A's files; its filter wants captions, so its own stages are used."""
+    """Read a tar of ImageNet-A's files with its stages; its filter requires captions."""
     import webdataset as wds
     from open_clip_train.data import tarfile_to_samples_nothrow
 

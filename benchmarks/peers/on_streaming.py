@@ -12,7 +12,7 @@ from benchmarks.peers.samples import Batch, Reading, Sample
 from rft import cli
 
 COLUMNS = {"image": "bytes", "label": "int"}
-# its default counts nodes, of which there is one here and there will be one after a resume
+# its default counts nodes; here there is one, also after a resume
 CANONICAL_NODES = 1
 
 
@@ -52,7 +52,7 @@ def write(photographs: Sequence[Sample], folder: Path, **options: Any) -> None:
 
 
 def pack(photographs: Sequence[Sample], folder: Path) -> None:
-    """Write over what is there; without `exist_ok` it refuses."""
+    """Overwrite the existing set; without `exist_ok` it refuses."""
     write(photographs, folder, exist_ok=True)
 
 
@@ -85,7 +85,7 @@ def evaluate(reading: Reading) -> Iterator[Batch]:
 
 
 def remote(url: str) -> tuple[str, dict[str, str]]:
-    """Return how the server is reached: as an S3 endpoint."""
+    """Return the access to the server: as an S3 endpoint."""
     keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
     return "s3://set", {"S3_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **keys}
 

@@ -83,7 +83,7 @@ def peek(reading: Reading) -> Any:
 
 
 def names(folder: Path) -> list[str]:
-    """Read a tar of ImageNet-A's files; its reader tells the names."""
+    """Read a tar of ImageNet-A's files; its reader returns the names."""
     samples.write_named_tar(folder)
     data = create_dataset("wds/photos", root=str(folder), split=f"000000.tar|{len(samples.NAMES)}")
     return [Path(name).stem for name in data.filenames()]

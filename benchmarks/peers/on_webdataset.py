@@ -11,7 +11,7 @@ from benchmarks.peers.experiments import Peer
 from benchmarks.peers.samples import Batch, Reading, Sample
 from rft import cli
 
-SHUFFLE = 1000  # samples, as its documentation has it
+SHUFFLE = 1000  # samples, as in its documentation
 
 
 def train(reading: Reading) -> Callable[[int], Iterator[Batch]]:
@@ -57,7 +57,7 @@ def pack(photographs: Sequence[Sample], folder: Path) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """Write and read by its own means, with the file's name as key."""
+    """Write and read with its own classes, with the file's name as key."""
     folder.mkdir(parents=True)
     with wds.TarWriter(str(folder / "000000.tar")) as writer:
         for sample, name in zip(samples.photographs(4), samples.NAMES, strict=True):

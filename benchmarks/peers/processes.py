@@ -1,7 +1,7 @@
-"""Ranks, kills and servers: every experiment runs in forked processes that end in time.
+"""Ranks, kills and servers: every experiment runs in forked processes with a deadline.
 
-The program imports its peer once and forks from there, so that eight ranks cost no eight imports.
-It never reads data itself: a forked process starts with the library as a fresh one has it.
+The program imports its peer once and forks from there, so that eight ranks do not need eight
+imports. It never reads data itself, so a forked process starts with the library in a fresh state.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ import torch
 from benchmarks import machine
 from benchmarks.peers.samples import Batch
 
-# benchmarks run from a checkout: the servers are those of the tests
+# benchmarks run from a checkout and use the servers of the tests
 from benchmarks.servers import faults, ranges
 from benchmarks.servers.loopback import free_port
 from rft import dist
 
-# seconds that a process has to answer: eight ranks with loader processes of their own take most
+# seconds for a process to answer; eight ranks with their own loader processes take longest
 PATIENCE = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a process ended."""
+    """The end of a process."""
 
     value: Any = None
     """What its function returned."""
     error: str | None = None
-    """The exception that it raised, or how else it ended."""
+    """The exception that it raised, or a description of how it ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivered:
-    """What one rank was given."""
+    """The samples of one rank."""
 
     numbers: list[list[int]]
     """By step."""
@@ -63,7 +63,7 @@ class Child:
     """A function in a forked process."""
 
     def __init__(self, function: Callable[[], Any], out: Path, **variables: str) -> None:
-        """Start it; its result is told in `out`, what it prints in a file beside that."""
+        """Start it; its result goes to `out`, its output to a file beside it."""
         self.out = out
         sys.stdout.flush()
         sys.stderr.flush()
@@ -72,7 +72,7 @@ class Child:
             _child(function, out, variables)
 
     def wait(self, deadline: float) -> Ended:
-        """Wait until `time.monotonic()` is at the deadline at most; then it is killed."""
+        """Wait until `time.monotonic()` reaches the deadline; then kill it."""
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -82,7 +82,7 @@ class Child:
         return Ended(error="did not end in time and was killed")
 
     def kill(self) -> None:
-        """SIGKILL it and all that it started."""
+        """SIGKILL it and all its child processes."""
         for pid in [*machine.descendants(self.pid), self.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -102,7 +102,7 @@ def _child(function: Callable[[], Any], out: Path, variables: dict[str, str]) ->
     os.environ.update(variables)
     try:
         result = {"value": function()}
-    except BaseException as error:  # whatever a peer raises is what is to be told
+    except BaseException as error:  # report any exception of a peer
         result = {"error": f"{type(error).__name__}: {error}"}
         sys.excepthook(type(error), error, error.__traceback__)
     part = Path(f"{out}.part")
@@ -111,7 +111,7 @@ def _child(function: Callable[[], Any], out: Path, variables: dict[str, str]) ->
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # loader processes whose owner leaves without asking
+    # loader processes whose owner exits without stopping them
     for pid in machine.descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -119,7 +119,7 @@ def _child(function: Callable[[], Any], out: Path, variables: dict[str, str]) ->
 
 
 def call(function: Callable[[], Any], folder: Path, seconds: float = PATIENCE) -> Ended:
-    """Run a function in a process of its own, with a new file in `folder` for what it tells."""
+    """Run a function in its own process, with a new file in `folder` for its result."""
     return Child(function, new_path(folder, "call")).wait(time.monotonic() + seconds)
 
 
@@ -131,7 +131,7 @@ def deliver(
     seconds: float = PATIENCE,
     kill_after: int | None = None,
 ) -> list[Delivered]:
-    """Run the ranks of a job at the same time and return what each was given.
+    """Run the ranks of a job in parallel and return the samples of each.
 
     `batches` is called in each rank with its number, in the environment that torchrun would make.
     `kill_after`: SIGKILL all of them as soon as each has had so many batches.
@@ -151,7 +151,7 @@ def deliver(
 
         def read(rank: int = rank, path: Path = path) -> None:
             with dist.process_group(dist.world_from_env(), torch.device("cpu")):
-                # a job that is to be killed in the middle must not be done before that
+                # a job to be killed half way must not finish first
                 pause = 0.0 if kill_after is None else 0.1
                 _write_batches(batches(rank), Path(f"{path}.jsonl"), pause)
 
@@ -235,6 +235,6 @@ def server(folder: Path, state: Path, fault: faults.Fault | None) -> Iterator[tu
 
 
 def new_path(folder: Path, stem: str) -> Path:
-    """Return a path in the folder that is not there yet."""
+    """Return a path in the folder that does not exist yet."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{stem}-{time.monotonic_ns()}"

@@ -1,4 +1,4 @@
-"""What a peer's program does when it is run: answer the questions asked, a JSON line each."""
+"""The program of a peer: answers the requested questions with one JSON line each."""
 
 import importlib.metadata
 import json
@@ -15,16 +15,16 @@ from rft import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Put the questions to one peer."""
+    """Test one peer."""
 
     work: Path
     """Empty folder."""
     tests: tuple[str, ...] = experiments.TESTS
-    """Which of T1 to T13."""
+    """Questions of T1 to T13."""
 
 
 def main(peer: Peer, packages: tuple[str, ...]) -> None:
-    """Answer; whatever libraries print goes to stderr."""
+    """Answer; libraries' output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     arguments = cli.parse(Arguments)
@@ -40,7 +40,7 @@ def main(peer: Peer, packages: tuple[str, ...]) -> None:
         began = time.monotonic()
         try:
             verdict = experiments.run(peer, test, arguments.work)
-        except (AssertionError, OSError) as error:  # the experiment's own fault, not the peer's
+        except (AssertionError, OSError) as error:  # a fault of the experiment, not of the peer
             verdict = Verdict("not run", experiments.short(f"{type(error).__name__}: {error}"))
         document = {"test": test, **vars(verdict), "seconds": round(time.monotonic() - began, 1)}
         print(json.dumps(document), file=answers, flush=True)

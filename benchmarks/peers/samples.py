@@ -1,7 +1,7 @@
-"""Small photographs that carry their number, tars of them, and a way to damage each kind of file.
+"""Small photographs that encode their number, tars of them, and a way to damage each kind of file.
 
-Every peer reads the same photographs and the same decoding makes them tensors, so that whatever
-differs is the peer's doing. A sample's label is its number: what a peer delivers can be told apart.
+Every peer reads the same photographs with the same decoding, so differences come from the peer. A
+sample's label is its number, which identifies every delivered sample.
 """
 
 import io
@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# uneven on purpose; no rank, worker or batch count divides the sum
+# uneven on purpose; not divisible by any number of ranks, workers or batches
 SHARD_SIZES = (18, 9, 14, 11, 16, 13, 8, 17, 12, 15, 10, 19, 7, 14, 13, 15)
 COUNT = sum(SHARD_SIZES)
 SIDE = 32
 SHARD_BYTES = 40_000  # for the formats that are cut by bytes
 GLOBAL_BATCH = 16
-NAMES = (  # as ImageNet-A has them
+NAMES = (  # as in ImageNet-A
     "0.000116_digital clock _ digital clock_0.865662",
     "0.000209_digital clock _ stopwatch_0.78116",
     "0.013472_cliff _ cliff_0.5212",
@@ -41,22 +41,22 @@ class Sample:
 
 
 class Batch(NamedTuple):
-    """What a peer delivers at one step of one rank."""
+    """The samples of one rank at one step."""
 
     numbers_B: Any
     images_BCHW: Tensor
     state: dict[str, Any] | None = None
-    """What a checkpoint made after this step would keep of the data."""
+    """A checkpoint's record of the data position after this step."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Makes a tensor of an image; in the first call of a process, can tell what it inherited."""
+    """Converts an image to a tensor; the first call in a process can report inherited resources."""
 
     report: str = ""
-    """File to tell it in, by the process's number; empty: nothing is told."""
+    """File for the report, by the process's number; empty for no report."""
     opened: tuple[str, ...] = ()
-    """What the parent's descriptors that were opened for data lead to."""
+    """Targets of the parent's descriptors that were opened for data."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return uint8 (3, SIDE, SIDE)."""
@@ -66,7 +66,7 @@ class Decode:
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
     def tell(self) -> None:
-        """Write how many of the parent's descriptors this process has."""
+        """Report how many of the parent's descriptors this process has."""
         path = Path(f"{self.report}.{os.getpid()}")
         if not path.exists():
             held = descriptors()
@@ -85,14 +85,14 @@ class Reading:
     source: str
     """Folder or URL of the set, in the peer's format."""
     cache: str
-    """Folder of this node for what comes from afar."""
+    """Cache folder of this node for remote data."""
     batch_size: int = GLOBAL_BATCH
-    """Samples of this rank in a step."""
+    """Samples per step of this rank."""
     workers: int = 0
     seed: int = 1
     decode: Decode = field(default_factory=Decode)
     state: dict[str, Any] | None = None
-    """Where to go on."""
+    """State to resume from."""
 
     @property
     def tars(self) -> list[str]:
@@ -101,7 +101,7 @@ class Reading:
 
 
 def photographs(count: int = COUNT, first: int = 0) -> list[Sample]:
-    """Return so many samples, always the same."""
+    """Generate so many samples, always the same."""
     found = []
     for number in range(first, first + count):
         rng = np.random.default_rng(number)
@@ -114,7 +114,7 @@ def photographs(count: int = COUNT, first: int = 0) -> list[Sample]:
 
 
 def write_tars(samples: Sequence[Sample], folder: Path) -> None:
-    """Write the samples as uneven shards; jpg, cls and txt, as timm's and open_clip's are."""
+    """Write the samples as uneven shards; jpg, cls and txt, like those of timm and open_clip."""
     folder.mkdir(parents=True)
     left = iter(samples)
     for shard, size in enumerate(SHARD_SIZES):
@@ -129,7 +129,7 @@ def write_tars(samples: Sequence[Sample], folder: Path) -> None:
 
 
 def write_named_tar(folder: Path) -> None:
-    """Write a tar of images and labels under ImageNet-A's names, as `tar` would of their folder."""
+    """Write a tar of images and labels under ImageNet-A's names, as `tar` packs a folder."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample, name in zip(photographs(len(NAMES)), NAMES, strict=True):
@@ -141,10 +141,10 @@ def write_named_tar(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a shard the damage is done: around one sample in the shard's middle."""
+    """Where in a shard to damage it: around one sample in the middle."""
 
     header: int
-    """Offset of a byte that says where or what the sample is."""
+    """Offset of a byte of the sample's metadata."""
     payload: int
     """Offset of a byte of the image."""
     boundary: int
@@ -152,7 +152,7 @@ class Place:
 
 
 def damaged(shard: Path, place: Place) -> Iterator[str]:
-    """Damage a file in three ways, one after the other, and name each; it is whole at the end."""
+    """Damage a file in three ways, one after the other, and name each; it is intact at the end."""
     whole = shard.read_bytes()
     for name, at in (
         ("flipped header byte", place.header),
@@ -168,7 +168,7 @@ def damaged(shard: Path, place: Place) -> Iterator[str]:
 
 
 def place_in_tar(shard: Path) -> Place:
-    """Return the place of the middle sample of a tar."""
+    """Locate the middle sample of a tar."""
     with tarfile.open(shard) as tar:
         images = [member for member in tar.getmembers() if member.name.endswith(".jpg")]
     middle = images[len(images) // 2]
@@ -176,7 +176,7 @@ def place_in_tar(shard: Path) -> Place:
 
 
 def place_in_table(shard: Path) -> Place:
-    """Return the place of the middle sample of a file that begins with a count and offsets (u32).
+    """Locate the middle sample of a file that begins with a count and offsets (u32).
 
     Both MDS shards and litdata's chunks do.
     """
@@ -189,11 +189,11 @@ def place_in_table(shard: Path) -> Place:
 
 
 def descriptors() -> dict[int, str]:
-    """Return what this process's open descriptors lead to."""
+    """List the targets of this process's open descriptors."""
     found = {}
     for link in Path("/proc/self/fd").iterdir():
         try:
             found[int(link.name)] = str(link.readlink())
-        except FileNotFoundError:  # the one that listed them
+        except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return found

@@ -1,1 +1,1 @@
-"""Real servers on loopback and real faults, for benchmarks and tests."""
+"""Real servers on loopback, and real faults, for benchmarks and tests."""

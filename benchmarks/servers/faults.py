@@ -1,8 +1,8 @@
 """A proxy that breaks connections, in front of any HTTP server on loopback.
 
-Faults are drawn for each request, so the proxy closes every connection after one answer: clients
-keep connections alive, and one drawn per connection might never fire. It counts what it really
-did; a test that asserts on the counts cannot pass because nothing went wrong.
+Faults are drawn per request, so the proxy closes every connection after one answer: clients keep
+connections alive, and a fault drawn per connection might never occur. It counts the faults that
+occurred, so a test that asserts on the counts cannot pass without them.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def every_third(number: int) -> bool:
 
 @dataclass
 class Proxy:
-    """A running proxy: what it does to which requests, and what it did."""
+    """A running proxy: its faults, the requests they apply to, and counts."""
 
     upstream: int
     fault: Fault
@@ -95,7 +95,7 @@ def faulty(
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            # either side may leave at any time: that is what this is for
+            # either side may close at any time: that is the purpose
             with contextlib.suppress(OSError):
                 relay(proxy, self.request)
 
@@ -145,7 +145,7 @@ def relay(proxy: Proxy, client: socket.socket) -> None:
 
 
 def pump(client: socket.socket, server: socket.socket) -> None:
-    """Pass on the request's body; when the client leaves, so does the upstream connection."""
+    """Forward the request's body; if the client leaves, close the upstream connection."""
     with contextlib.suppress(OSError):
         while data := client.recv(CHUNK):
             server.sendall(data)
@@ -160,7 +160,7 @@ def answer(
     client: socket.socket,
     upload: threading.Thread,
 ) -> None:
-    """Pass on the answer, with the fault."""
+    """Forward the answer, with the fault."""
     head, body = read_head(server)
     while head.startswith(GO_AHEAD):
         client.sendall(head)
@@ -184,12 +184,12 @@ def answer(
 
 
 def break_off(proxy: Proxy, kind: Kind, client: socket.socket, upload: threading.Thread) -> None:
-    """End an answer in the middle: with a reset, or not at all until the client leaves.
+    """End an answer half way: with a reset, or not at all until the client leaves.
 
     An orderly end (fin) is what the caller does anyway.
     """
     if kind == "rst":
-        # the system keeps a socket open while another thread reads it
+        # the system keeps a socket open while a different thread reads it
         client.shutdown(socket.SHUT_RD)
         upload.join()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -199,7 +199,7 @@ def break_off(proxy: Proxy, kind: Kind, client: socket.socket, upload: threading
 
 
 def read_head(stream: socket.socket, data: bytes = b"") -> tuple[bytes, bytes]:
-    """Return a request's or answer's head, made the only one of its connection, and what follows.
+    """Read a request's or answer's head, rewritten to close the connection, and the rest.
 
     Both are empty if the other side closes first.
     """
@@ -209,7 +209,7 @@ def read_head(stream: socket.socket, data: bytes = b"") -> tuple[bytes, bytes]:
             return b"", b""
         data += more
     head, _, rest = data.partition(b"\r\n\r\n")
-    if head.startswith(GO_AHEAD):  # the real answer is still to come
+    if head.startswith(GO_AHEAD):  # the actual answer follows
         return head + b"\r\n\r\n", rest
     lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
     return b"\r\n".join([*lines, b"Connection: close", b"", b""]), rest

@@ -1,4 +1,4 @@
-"""What every server needs: a free port, its program, a start and a certain end."""
+"""Utilities of all servers: a free port, the program, its start, and a guaranteed end."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 class NotHereError(RuntimeError):
-    """A program or a right that this machine lacks; a test is skipped for it, with the reason."""
+    """A program or permission that this machine lacks; tests are skipped with the reason."""
 
 
 def program(name: str, package: str) -> str:
@@ -32,14 +32,14 @@ def program(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nothing listens on."""
+    """Return a loopback port on which nothing listens."""
     with socket.create_server((ADDRESS, 0)) as listener:
         return listener.getsockname()[1]
 
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
-    """Run a server in the foreground while the body runs; what it says goes to `log`.
+    """Run a server in the foreground during the body, with output to `log`.
 
     It cannot outlive this process: the kernel kills it with its parent, however that ends.
     """
@@ -51,13 +51,13 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        # none of them has anything to save, and an orderly end takes seconds
+        # they have no state to save, and an orderly end takes seconds
         process.kill()
         process.wait()
 
 
 def wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
-    """Wait until a server accepts connections; fail with its log if it ends before that."""
+    """Wait until a server accepts connections; fail with its log if it ends first."""
 
     def answers() -> bool:
         with contextlib.suppress(OSError), socket.create_connection((ADDRESS, port)):

@@ -1,4 +1,4 @@
-"""A web server in the standard library that understands ranges, for where nginx is absent."""
+"""A web server in the standard library with range requests, for machines without nginx."""
 
 import contextlib
 import gzip
@@ -19,20 +19,20 @@ from benchmarks.servers.loopback import ADDRESS
 
 @contextlib.contextmanager
 def range_server(folder: Path, user: str = "") -> Iterator[str]:
-    """Serve `folder` at the yielded URL; where a user ("name:password") is given, to them alone."""
+    """Serve `folder` at the yielded URL; with a user ("name:password"), only to that user."""
     with serving(partial(RangeHandler, user, directory=str(folder))) as port:
         yield f"http://{ADDRESS}:{port}"
 
 
 @dataclass
 class Oddity:
-    """What a server does to requests whose path ends in `name`, and what it did.
+    """Behaviour of a server for requests whose path ends in `name`, and counts.
 
-    `mode` is a status to answer (of which "503 x2" does it to a path's first two requests), silent
-    (never an answer), html (a login page), norange (always the whole file), gzip (that, though
-    nobody asked for it), chunked or unsized (whole, of untold length), nohead (GET alone), shifted
-    (other bytes than were requested), endless (a size of 5,000 digits), longer (more bytes than the
-    size that it tells), redirect (all paths), or plain.
+    `mode` is a status to answer ("503 x2" only for a path's first two requests), silent (never an
+    answer), html (a login page), norange (always the complete file), gzip (although not requested),
+    chunked or unsized (complete, without a length), nohead (only GET), shifted (other bytes than
+    were requested), endless (a size of 5,000 digits), longer (more bytes than the announced size),
+    redirect (all paths), or plain.
     """
 
     mode: str
@@ -68,7 +68,7 @@ def serving(handler: partial) -> Iterator[int]:
 
 
 class Server(ThreadingHTTPServer):
-    """Says nothing of clients that leave early: that is what the tests are about."""
+    """Ignores clients that leave early, which the tests do on purpose."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
@@ -112,11 +112,11 @@ class RangeHandler(SimpleHTTPRequestHandler):
         outputfile.write(source.read(self.remaining))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class OddHandler(RangeHandler):
-    """Does as an oddity says."""
+    """Implements an oddity."""
 
     def __init__(self, oddity: Oddity, *arguments: Any, **options: str) -> None:
         self.oddity = oddity
@@ -141,7 +141,7 @@ class OddHandler(RangeHandler):
         return super().send_head()
 
     def say(self, status: int, content: bytes = b"", **headers: str) -> None:
-        """Send a whole answer; its length is told unless the headers say how it ends."""
+        """Send a complete answer, with its length unless the headers define its end."""
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)

@@ -1,4 +1,4 @@
-"""A small file system in memory: a disk that is soon full."""
+"""A small file system in memory, which is soon full."""
 
 import contextlib
 import os
@@ -26,5 +26,5 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        # lazily: a process that a test killed may hold a file open for a moment longer
+        # lazily, because a killed process of a test may hold a file open for a moment longer
         subprocess.run([umount, "--lazy", str(folder)], check=True)

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from rft import cli, entry
-from rft.commands import GROUPS, RANKS, Command
+from rft import entry
+from rft.commands import GROUPS, HELP_ALL, RANKS, Command
 
 COLUMNS = "100"
 
@@ -26,9 +26,9 @@ def page() -> str:
             for words, one in _kinds(name, found):
                 # commands with many options print the most used ones first
                 text = printed([*words, "--help"])
-                if cli.HELP_ALL in text:
+                if HELP_ALL in text:
                     # one process, also where `rft` would start one for each GPU
-                    text = printed([*words, cli.HELP_ALL, *([RANKS, "1"] if one.ranks else [])])
+                    text = printed([*words, HELP_ALL, *([RANKS, "1"] if one.ranks else [])])
                 parts += [
                     f"### rft {' '.join(words)}",
                     f"{one.about[0].upper()}{one.about[1:]}.",

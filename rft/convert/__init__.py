@@ -1,1 +1,1 @@
-"""Weights of other code in, weights for other code out."""
+"""Import of weights from other code, and export of models for other code."""

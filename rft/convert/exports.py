@@ -1,4 +1,4 @@
-"""`python -m rft.convert export`: a model in a format of other code, with a card."""
+"""`python -m rft.convert export`: writes a model in the format of other code, with a card."""
 
 import dataclasses
 import io
@@ -45,41 +45,41 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in a format of other code, and a card (JSON) that says what it is.
+    """Write a model in the format of other code, with a card (JSON) that describes it.
 
-    open-clip: a folder that open_clip.create_model_and_transforms("local-dir:PATH") loads, with the
-    fine-tuned image tower and the original text tower; the classification head lies beside, in
-    head.safetensors, and so do load.py, which classifies with open_clip alone, and a page about the
-    model (README.md).
+    open-clip: a folder for open_clip.create_model_and_transforms("local-dir:PATH"), with the
+    fine-tuned image tower and the original text tower. It also has the classification head
+    (head.safetensors), load.py, which classifies with open_clip alone, and a page about the model
+    (README.md).
 
-    onnx: a file (.onnx) of image tower and head: RGB images as bytes (N, 3, size, size), resized
-    and cropped, give logits. It needs `pip install 'rft-clip[onnx]'`.
+    onnx: a file (.onnx) of image tower and head. Input are RGB images as bytes (N, 3, size, size),
+    resized and cropped; output are logits. It needs `pip install 'rft-clip[onnx]'`.
 
     released: a checkpoint (.pt) of the code released with the paper.
 
     model-soups: a state dict (.pt) of model-soups.
 
-    safetensors: rft's own weights file, which rft.evaluate takes too.
+    safetensors: rft's own weights file, which rft.evaluate reads too.
     """
 
     source: tyro.conf.Positional[Path]
     """Run folder (its selected model, or the last without held-out images) or .safetensors file."""
     to: Annotated[Format, tyro.conf.arg(name="to")]
-    """The format."""
+    """Format of the export."""
     out: Path
     """Folder (open-clip) or file to write."""
     text: str = ""
-    """Where the text tower comes from, if not from what the run started with: a weights tag or file
-    (open-clip, model-soups)."""
+    """Weights tag or file of the text tower, if not that of the run's pre-trained model (open-clip,
+    model-soups)."""
     push: str = ""
-    """Repository of the model hub to upload the folder to, hf://USER/NAME (open-clip). The login is
+    """Model hub repository to upload the folder to, hf://USER/NAME (open-clip). The login is
     huggingface_hub's own: `hf auth login`, or HF_TOKEN in the environment."""
     private: bool = False
-    """Whether only its owner sees a repository that --push makes."""
+    """Make a new repository of --push private."""
 
 
 class Model(NamedTuple):
-    """What is exported, and what its run records of it."""
+    """The model to export, and the records of its run."""
 
     path: Path
     sha256: str
@@ -92,17 +92,17 @@ class Model(NamedTuple):
 
 
 def export_weights(arguments: Export) -> None:
-    """Write a model in a format of other code.
+    """Write a model in the format of other code.
 
     Raises:
-        ValueError: if there is no model, the format cannot express it, its text tower is not to be
-            found, --out holds something else, or the model hub does not take what is pushed.
+        ValueError: if the model does not exist, the format cannot express it, its text tower is not
+            found, --out holds other files, or the model hub refuses the upload.
     """
     out, to = arguments.out, arguments.to
     repo = _check(arguments)
     path = checkpoint_path(arguments.source)
     saved, digest = load_state(path), files.sha256_file(path)
-    # configuration and results of the folder go into the card: they must be of these weights
+    # the card describes configuration and results of the folder, which must be of these weights
     require_own_weights(arguments.source, sha256=digest)
     if reached := unfinished(arguments.source):
         log.warning(f"{arguments.source} has not finished training ({reached}); its card says so")
@@ -110,7 +110,7 @@ def export_weights(arguments: Export) -> None:
     clip = _text_tower(arguments, saved.architecture, config)
     source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
-    # before the tensors are copied into the format's bytes, which may be gigabytes
+    # checked before the tensors are copied into the bytes of the format, which may be gigabytes
     old = _require_same_export(out, card_path, to, source)
     results = _results_of(arguments.source)
     sets = results.sets if results else {}
@@ -123,7 +123,7 @@ def export_weights(arguments: Export) -> None:
     folder = out if to == "open-clip" else out.parent
     if to == "open-clip":
         described = _with_page(described, folder, old, contents)
-    # first, so that the same command can resume where it was stopped
+    # the card is written first, so that a stopped export is recognised and the command can be rerun
     files.write_json(
         str(card_path),
         dataclasses.asdict(described)
@@ -138,20 +138,20 @@ def export_weights(arguments: Export) -> None:
 
 
 def _check(arguments: Export) -> str:
-    """Check options against each other; return the repository to push to, or an empty text."""
+    """Check options against each other; return the repository to push to, or an empty string."""
     out, to = arguments.out, arguments.to
     if to in SUFFIXES and out.suffix != SUFFIXES[to]:
-        raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
+        raise ValueError(f"--out is {out}; its name must end in {SUFFIXES[to]} for --to {to}")
     if arguments.text and to not in ("open-clip", "model-soups"):
         raise ValueError(f"--text is {arguments.text}, but the format {to} has no text tower")
     if to == "onnx":
         onnx_model.require_packages()
     if not arguments.push:
         if arguments.private:
-            raise ValueError("--private is of a repository that is made: add --push hf://USER/NAME")
+            raise ValueError("--private needs --push hf://USER/NAME")
         return ""
     if to != "open-clip":
-        raise ValueError(f"--push takes the folder of --to open-clip, not {to}")
+        raise ValueError(f"--push uploads the folder of --to open-clip, not {to}")
     repo = push.repository(arguments.push)
     push.require_login(repo)
     return repo
@@ -160,7 +160,7 @@ def _check(arguments: Export) -> str:
 def _text_tower(
     arguments: Export, architecture: Architecture, config: RunConfig | None
 ) -> PretrainedClip | None:
-    """Return the CLIP whose text tower goes into the format; None if it has none."""
+    """Load the CLIP whose text tower the format needs; None for formats without one."""
     if arguments.to in ("released", "model-soups"):
         load.require_openai_tower(architecture, f"the format {arguments.to}")
     if arguments.to not in ("open-clip", "model-soups"):
@@ -169,14 +169,14 @@ def _text_tower(
     clip = text_tower.find(arguments.text, architecture, config)
     if changed := architecture.difference(clip.architecture):
         raise ValueError(
-            f"the text tower belongs to another model: {'; '.join(changed)}; name the right "
+            f"the text tower belongs to a different model: {'; '.join(changed)}; name the right "
             "one with --text"
         )
     return clip
 
 
 def _contents(arguments: Export, model: Model, clip: PretrainedClip | None) -> dict[str, bytes]:
-    """Return name -> content of the files of an export."""
+    """Make the files of an export, as name -> content."""
     state, architecture, to = model.saved.state, model.saved.architecture, arguments.to
     if to == "open-clip":
         assert clip is not None
@@ -215,7 +215,7 @@ def _describe(
         base_model=text_tower.base_model(arguments.text, architecture, config),
         temperature=model.temperature,
         settings=settings(config.whole) if config else {},
-        # a set has no order of its own
+        # sorted, because the order of a Python set is not reproducible
         trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),
         recipe=config.recipe if config else metadata.get("recipe"),
         seed=config.seed if config else None,
@@ -228,41 +228,41 @@ def _describe(
 def _with_page(
     described: card.Card, folder: Path, old: card.Card | None, contents: dict[str, bytes]
 ) -> card.Card:
-    """Add the page to an export, unless the one that exists was edited; return the whole card."""
+    """Add the page to an export, unless the existing page was edited; return the complete card."""
     path = folder / model_card.NAME
     written = old.files.get(path.name) if old else None
     if path.exists() and files.sha256_file(path) != written:
-        # without a hash in the card, so that it stays next time as well
-        log.info(f"{path} was edited and stays; remove it to have it written again")
+        # the card gets no hash of an edited page, so the next export keeps the page too
+        log.info(f"{path} was edited and is kept; delete it to have a new one written")
         return described
     page, config = model_card.page(described), contents.pop(weights.HUB_CONFIG)
-    contents.update({path.name: page, weights.HUB_CONFIG: config})  # which is last
+    contents.update({path.name: page, weights.HUB_CONFIG: config})  # the configuration stays last
     hashes = {**described.files, path.name: files.sha256_bytes(page)}
     return dataclasses.replace(described, files=hashes)
 
 
 def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
-    """Return the classes of the set a run was trained on; None, with a warning, if unknown.
+    """Find the classes of the set that a run was trained on; None, with a warning, if unknown.
 
-    For weights that were written before they carried their classes. The set counts only if it is
-    still the one of the training, by its hash.
+    Needed for weights of an older rft, which do not name their classes. The set is used only if its
+    hash is still that of the training.
     """
-    why = "the run does not say on which data it was trained"
+    why = "the run does not record its training data"
     training = records.find(run / filenames.TRAINING, records.Training)
     if config and config.data and config.train_set and training:
         try:
             manifest = Manifest.load(files.join(config.data, config.train_set))
             if manifest.sha256 == training.manifest_sha256:
                 return manifest.label_space
-            why = f"{config.train_set} was packed again since the run was trained"
-        except ValueError as error:  # its data may be gone; they are needed for names alone
+            why = f"{config.train_set} was repacked after the run was trained"
+        except ValueError as error:  # the data may be gone; only their class names are needed
             why = str(error)
-    log.warning(f"the card will name no classes: {why}")
+    log.warning(f"the card will have no class names: {why}")
     return None
 
 
 def _results_of(source: Path) -> Results | None:
-    """Return the results of the weights as they are now; if stale, none and a warning."""
+    """Read the results of the current weights; None, with a warning, if they are stale."""
     results = read_results(source)
     if results is None:
         return None
@@ -277,7 +277,7 @@ def _results_of(source: Path) -> Results | None:
 
 
 def _numbers(source: Path, name: str, count: SetCount) -> dict[str, Any]:
-    """Return what a card has of a set's counts; predictions stay in the run folder."""
+    """Select the numbers of a set for the card; predictions stay in the run folder."""
     kept = ("correct", "total", "manifest_sha256")
     found: dict[str, Any] = {field: getattr(count, field) for field in kept}
     found["interval"] = wilson(count.correct, count.total)
@@ -298,7 +298,7 @@ def _numbers(source: Path, name: str, count: SetCount) -> dict[str, Any]:
 
 
 def _temperature_of(results: Results | None) -> float | None:
-    """Return the temperature that was fitted; None, with a warning, if sets have different ones."""
+    """Find the fitted temperature; None, with a warning, if sets have different ones."""
     try:
         found = results.temperature if results else None
     except ValueError as error:
@@ -310,14 +310,14 @@ def _temperature_of(results: Results | None) -> float | None:
 def _hub_folder(
     state: dict[str, Tensor], architecture: Architecture, clip: PretrainedClip
 ) -> dict[str, bytes]:
-    """Return name -> content of a folder in open_clip's hub layout; its configuration is last."""
-    # safetensors refuses weights that are not contiguous
+    """Make the files of open_clip's hub layout, as name -> content; the configuration is last."""
+    # safetensors refuses tensors that are not contiguous
     whole = {name: value.contiguous() for name, value in clip.model.state_dict().items()}
     whole |= {name: value for name, value in state.items() if name.startswith("visual.")}
     head = {name: value for name, value in state.items() if name.startswith("head.")}
     preprocess = {
         **open_clip.get_model_preprocess_cfg(clip.model),
-        **load.RESIZE,  # whatever its weights were trained with before
+        **load.RESIZE,  # overrides the resizing of the pre-training
         "size": architecture.image_size,
         "mean": architecture.mean,
         "std": architecture.std,
@@ -330,7 +330,7 @@ def _hub_folder(
     if vocabulary := load.vocabulary_of(clip.architecture.clip):
         contents[vocabulary.name] = vocabulary.read_bytes()
     contents[weights.HUB_WEIGHTS] = save(whole)
-    # last: a folder without it is refused, by open_clip as by rft, so half an export loads nowhere
+    # last: open_clip and rft refuse a folder without it, so an incomplete export cannot be loaded
     contents[weights.HUB_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return contents
 
@@ -342,30 +342,30 @@ def _file_content(
     metrics: dict[str, Any],
     clip: PretrainedClip | None,
 ) -> bytes:
-    """Return the content of the file for the formats that are one."""
+    """Make the content of a single-file format."""
     if to == "safetensors":
-        # as they are: written anew, the same weights would have another hash than the run's
+        # the original bytes: written anew, the same weights would have a different hash
         return weights_path.read_bytes()
-    if to == "released":  # what that code evaluates, starts from and distils from
+    if to == "released":  # the released code evaluates it, starts from it and distils from it
         counts = metrics.get(ID_SET)
         content = {
             "epoch": 0,
             "best_value": None,
             "_data_counters": [0, 0, 0, 0],
             "model": _renamed(state, {"visual.": "backbone.", "head.": "classifier."}),
-            # in percent; it is printed when a teacher is loaded
+            # in percent; the released code prints it when it loads a teacher
             "test_acc": 100 * counts["correct"] / counts["total"] if counts else None,
         }
     else:
         assert clip is not None
-        # that code keeps all of the text tower but the layers
+        # model-soups keeps the text tower without its layers
         layers = ("visual.", "transformer.")
         rest = {
             n: value for n, value in clip.model.state_dict().items() if not n.startswith(layers)
         }
         names = {"visual.": "model.visual.", "head.": "classification_head."}
         content = {**_renamed(rest, {"": "model."}), **_renamed(state, names)}
-    # in memory first: the card, which is written before, holds the hash of these bytes
+    # in memory, because the card is written first and has the hash of these bytes
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()
@@ -383,17 +383,19 @@ def _renamed(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Te
 def _require_same_export(
     out: Path, card_path: Path, to: Format, source: card.Source
 ) -> card.Card | None:
-    """Check that what is at --out, if anything, is this very export; return its card."""
+    """Check that --out is empty or holds this same export; return the card of the latter."""
     there = any(out.iterdir()) if out.is_dir() else out.exists()
     if not there and not card_path.exists():
         return None
     old = card.read(card_path)
     if old is None:
-        raise ValueError(f"{out if there else card_path} is there already; choose another --out")
+        raise ValueError(f"{out if there else card_path} already exists; choose another --out")
     before, now = (
         {"format": kind, "source": dataclasses.asdict(origin)}
         for kind, origin in ((old.format, old.source), (to, source))
     )
     if changed := files.difference(before, now):
-        raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
+        raise ValueError(
+            f"{out} holds a different export: {'; '.join(changed)}; choose another --out"
+        )
     return old

@@ -1,4 +1,4 @@
-"""`python -m rft.convert import`: weights of other code become a run folder.
+"""`python -m rft.convert import`: makes a run folder of weights from other code.
 
 rft/clip/weights.py lists the formats.
 """
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 @document(name="--")
 class Import:
-    """Make a run folder of weights that other code saved; nothing in their file is ever run.
+    """Make a run folder of weights from other code; no code in their file is ever executed.
 
-    Weights without a classification head (OpenAI, open_clip) get the zero-shot head of the class
+    Weights without a classification head (OpenAI, open_clip) get a zero-shot head from the class
     names and prompts of a packed set: --data URL, and --set if it is not imagenet-val.
     """
 
@@ -50,50 +50,50 @@ class Import:
     out: Path
     """Run folder to make."""
     clip: str = ""
-    """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed where the file does not say."""
+    """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed if the file does not name it."""
     data: str = ""
-    """Data root whose packed set gives the class names."""
+    """Data root of the packed set with the class names."""
     packed: Annotated[str, tyro.conf.arg(name="set")] = ID_SET
     """Name of that set, below the data root."""
     recipe: str = "imported"
-    """What the report calls it; runs of one recipe with other seeds share a row."""
+    """Name in the report; runs of one recipe with different seeds share a row."""
     seed: Seed = 0
-    """Which of these it is."""
+    """Seed of the run in that row."""
     device: Device = "auto"
-    """Where the text tower makes a head: 80,000 prompts take an hour on one CPU thread."""
+    """Device of the text tower that makes a head: 80,000 prompts take an hour on one CPU thread."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What `import` works with."""
+    """The weights to import, and their metadata."""
 
     architecture: Architecture
     state: dict[str, Tensor]
     """`visual.*`, and `head.*` if the source has a head."""
     source: dict[str, Any]
-    """What config.json records of it."""
+    """The record of it in config.json."""
     text: ModelConfig | None
-    """What loads its text tower; None if it has none."""
+    """The settings that load its text tower; None if it has none."""
     classes: Classes | None
-    """Classes of its head; None if it has none or does not name them."""
+    """Classes of its head; None if it has no head or does not name them."""
     seen: frozenset[TrainedOn] | None = None
-    """What it was trained on; None if that is not recorded."""
+    """Its training sets; None if they are not recorded."""
 
 
 def import_weights(arguments: Import) -> None:
-    """Write the run folder of weights that other code saved.
+    """Write a run folder of weights from other code.
 
     Raises:
-        ValueError: if they cannot be read, do not fit the named model, lack a head that --data does
-            not give, or the folder holds something else.
+        ValueError: if the weights cannot be read, do not fit the named model, or lack a head and
+            --data names no class names, or if --out holds a different model.
     """
     arguments = dataclasses.replace(arguments, packed=urls.set_name(arguments.packed, "--set"))
-    # a folder that no command reads is not written
+    # checked first, so that no folder is written that other commands cannot read
     identity = {"recipe": arguments.recipe, "seed": arguments.seed}
     documents.decode(json.dumps(identity).encode(), RunConfig, "import")
     manifest = None
     if arguments.data:
-        # a wrong URL ends here, before gigabytes of weights are read
+        # a wrong URL fails here, before gigabytes of weights are read
         manifest = Manifest.load(files.join(arguments.data, arguments.packed))
     found = _find(arguments.file, arguments.clip)
     config: dict[str, Any] = {
@@ -103,11 +103,11 @@ def import_weights(arguments: Import) -> None:
         "imported_from": found.source,
     }
     if "tag" in found.source:
-        # by it an export finds the text tower
+        # an export finds the text tower by this tag
         config["model"]["pretrained"] = found.source["tag"]
     if manifest:
         config |= {"data": arguments.data, "train_set": arguments.packed}
-        # from a set that was packed anew it is a different import
+        # a repacked set makes a different import
         config["imported_from"]["manifest_sha256"] = manifest.sha256
     out = str(arguments.out)
     if derived.is_complete(arguments.out, config):
@@ -118,7 +118,7 @@ def import_weights(arguments: Import) -> None:
     state = _with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = _classes_of_head(found, manifest, arguments)
-    # a header must name a step; how many the other code took is not known
+    # a header must have a step, and the number of steps of the other code is not known
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
     metadata["recipe"] = arguments.recipe
     write_run(arguments.out, Saved(state, found.architecture, metadata, classes), config)
@@ -131,7 +131,7 @@ def import_weights(arguments: Import) -> None:
 def _find(name: str, clip: str) -> Found:
     """Read the file, folder or tag that `import` names."""
     path = Path(name.removeprefix(load.LOCAL))
-    # what exists comes first, even if it is called like a tag
+    # an existing file takes precedence over a tag of the same name
     if path.exists():
         return _from_file(path, clip)
     if name.startswith(load.HUB):
@@ -154,7 +154,8 @@ def _from_file(path: Path, clip: str) -> Found:
     read = weights.read(path)
     architecture = _architecture(path, read, clip)
     load.require_fit(read, architecture)
-    if read.config and read.head:  # without a head the whole CLIP is loaded, which warns too
+    # without a head the complete CLIP is loaded later, which also warns
+    if read.config and read.head:
         load.warn_of_resize(str(path), read.config.preprocess_cfg)
     source = {
         "format": read.format,
@@ -167,7 +168,7 @@ def _from_file(path: Path, clip: str) -> Found:
 
 
 def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
-    """Return the named model, with the preprocessing that the weights come with, if any."""
+    """Find the named model's architecture, with the preprocessing of the weights, if any."""
     own = read.architecture
     if clip:
         named = load.architecture_of(clip)
@@ -175,14 +176,14 @@ def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
     if own is None:
         names = ", ".join(load.names_of(read)) or "none that open_clip knows"
         raise ValueError(
-            f"{path} does not name its model ({read.geometry}); add --clip NAME, by its shape one "
-            f"of: {names}"
+            f"{path} does not name its model ({read.geometry}); add --clip NAME; models of this "
+            f"shape: {names}"
         )
     return own
 
 
 def _with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dict[str, Tensor]:
-    """Return image tower and head; the head is made of class names where there is none."""
+    """Return image tower and head; a missing head is made from class names."""
     file = arguments.file
     if "head.weight" in found.state:
         return found.state
@@ -190,8 +191,8 @@ def _with_head(found: Found, manifest: Manifest | None, arguments: Import) -> di
         raise ValueError(f"{file} has neither a classification head nor a text tower to make one")
     if manifest is None:
         raise ValueError(
-            f"{file} has no classification head; its text tower makes one of the class names of a "
-            "packed set: --data URL [--set imagenet-val]"
+            f"{file} has no classification head; its text tower makes one from the class names of "
+            "a packed set: --data URL [--set imagenet-val]"
         )
     text_tower.require_named(found.text.clip, "--clip", arguments.clip, file)
     clip = load.load_clip(found.text)
@@ -201,18 +202,18 @@ def _with_head(found: Found, manifest: Manifest | None, arguments: Import) -> di
 
 
 def _classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) -> Classes | None:
-    """Return the classes of an imported head; None, with a warning, if nothing names them.
+    """Find the classes of an imported head; None, with a warning, if they are not known.
 
-    A head whose file does not name its classes has those of the packed set that --data names.
+    If the file does not name the classes of its head, they are those of the packed set of --data.
     """
     file = arguments.file
-    if "head.weight" not in found.state:  # made of the set's names
+    if "head.weight" not in found.state:  # the head was made from the set's names
         return manifest.label_space if manifest else None
     if manifest is None:
         if found.classes is None:
             log.warning(
-                f"{file} does not say which classes its head has: nothing can compare them; name "
-                "a packed set of the same classes in the same order with --data URL --set NAME"
+                f"{file} does not name the classes of its head, so they cannot be checked; name a "
+                "packed set of the same classes in the same order with --data URL --set NAME"
             )
         return found.classes
     rows, known = len(found.state["head.weight"]), manifest.label_space

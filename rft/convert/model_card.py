@@ -1,7 +1,7 @@
-"""The page of an export (README.md), with the metadata that model hubs read at its top.
+"""The page of an export (README.md), with the metadata of model hubs at its top.
 
-Names of classes, sets and recipes are third-party text: huggingface_hub's YAML writer quotes them
-in the metadata, and every punctuation mark is escaped in the text.
+Names of classes, sets and recipes are untrusted text. huggingface_hub's YAML writer quotes them in
+the metadata, and their punctuation marks are escaped in the text.
 """
 
 import re
@@ -20,11 +20,11 @@ from rft.statistics.accuracy import LEVEL
 NAME = "README.md"
 LOADER = "load.py"
 SHOWN_CLASSES = 100
-# that Markdown obeys: some anywhere, a dot or dash where a list or a link would begin
+# punctuation with a meaning in Markdown: some anywhere, dots and dashes where a list or link starts
 MARKS = re.compile(
     r"[\\`*_{}\[\]<>()#+!|~&:@$^]|^[-=]|(?<=www)\.|(?<!\w)\.|\.(?!\w)", re.IGNORECASE
 )
-# of pre-trained weights, by the owner of their repository or its name's end; from their own pages
+# of pre-trained weights, by the start or end of their repository's name; from their own pages
 LICENCES = {"laion/": "MIT", ".openai": "MIT"}
 IMAGENET = "ILSVRC/imagenet-1k"  # on the hub
 SETTINGS = (
@@ -39,12 +39,12 @@ SETTINGS = (
 
 
 def loader() -> bytes:
-    """Return the content of load.py."""
+    """Read the content of load.py, which is copied into an export."""
     return (resources.files("rft") / "convert" / "standalone.py").read_bytes()
 
 
 def page(card: Card) -> bytes:
-    """Return the page of an open-clip export."""
+    """Write the page of an open-clip export."""
     text = "\n\n".join([f"---\n{_metadata(card)}\n---", *_sections(card)])
     return f"{text}\n".encode()
 
@@ -54,13 +54,13 @@ def _metadata(card: Card) -> str:
     data = ModelCardData(
         pipeline_tag="image-classification",
         library_name="open_clip",
-        # the data count too: which licence the fine-tuned weights get is their maker's choice
+        # it also depends on the data, and the maker of the fine-tuned weights chooses it
         license="unknown",
         tags=["clip", "open_clip", "image-classification", "robust-fine-tuning", "rft"],
         base_model=card.base_model,
         datasets=[IMAGENET] if on_imagenet else None,
         metrics=["accuracy"] if card.metrics else None,
-        # for the results alone
+        # required by eval_results
         model_name=_title(card) if card.metrics else None,
         eval_results=[
             EvalResult(
@@ -83,9 +83,9 @@ def _sections(card: Card) -> Iterator[str]:
     yield f"# {_text(_title(card))}"
     yield _about(card)
     yield (
-        f"## Use\n\n`python {LOADER} IMAGE...` prints a class for each image. It needs "
-        "`pip install open_clip_torch` and nothing else; its function `classify` returns all "
-        "probabilities. With rft: `rft predict FOLDER IMAGE...`, or `rft.load(FOLDER)` in Python."
+        f"## Use\n\n`python {LOADER} IMAGE...` prints the class of each image. It needs only "
+        "`pip install open_clip_torch`. Its function `classify` returns all probabilities. With "
+        "rft: `rft predict FOLDER IMAGE...`, or `rft.load(FOLDER)` in Python."
     )
     yield f"## How it was made\n\n{_table(('setting', 'value'), list(_made(card)))}"
     yield "\n\n".join(["## Accuracy", *_accuracies(card)])
@@ -98,7 +98,7 @@ def _about(card: Card) -> str:
     made = f", made with the recipe {_text(card.recipe)}" if card.recipe else ""
     done = f" **Its training had not ended ({_text(card.unfinished)}).**" if card.unfinished else ""
     return (
-        f"An image classifier of {card.head.classes:,} classes: the image tower of "
+        f"An image classifier with {card.head.classes:,} classes: the image tower of "
         f"{_text(_short(card.architecture.clip))} and a linear head on its normalised "
         f"features{made}. The text tower is that of the pre-trained model. rft implements [Masked "
         "Images Are Counterfactual Samples for Robust Fine-tuning]"
@@ -114,7 +114,7 @@ def _made(card: Card) -> Iterator[tuple[str, object]]:
     for name in SETTINGS:
         group, _, field = name.rpartition(".")
         values = card.settings.get(group, {}) if group else card.settings
-        # a document of others may have anything here
+        # settings come from an untrusted document and may have any type
         value = values.get(field) if isinstance(values, dict) else None
         if isinstance(value, str | int | float):
             yield name, value
@@ -132,12 +132,12 @@ def _made(card: Card) -> Iterator[tuple[str, object]]:
 
 
 def _weights(card: Card) -> str:
-    """Return what the run's settings name, where that is no repository of the hub."""
+    """Describe the pre-trained weights in the run's settings, if they are not from the hub."""
     clip = card.architecture.clip
     if clip == MINIATURE:
-        return "those that come with rft"
-    if names_folder(clip):  # which has its own, whatever the settings name
-        return "those of a folder"
+        return "included in rft"
+    if names_folder(clip):  # a folder has its own weights, whatever tag the settings name
+        return "from a local folder"
     model = card.settings.get("model")
     tag = model.get("pretrained") if isinstance(model, dict) else None
     return _short(tag) if isinstance(tag, str) else ""
@@ -163,8 +163,8 @@ def _accuracies(card: Card) -> Iterator[str]:
     heads = ("set", "top-1, %", f"{LEVEL:.0%} interval", "right", "mean per class, %")
     yield _table(heads, rows)
     yield (
-        "The intervals (Wilson) are of the sampling of test images alone. A training with another "
-        "seed gives another model."
+        "The intervals (Wilson) cover the sampling of test images alone. A training with a "
+        "different seed gives a different model."
     )
 
 
@@ -172,25 +172,26 @@ def _limits(card: Card) -> Iterator[str]:
     yield f"- Every image gets one of the {card.head.classes:,} classes, whatever it shows."
     if card.temperature:
         yield (
-            f"- Probabilities are of logits divided by {card.temperature:.4g}, a temperature "
-            "fitted on held-out training images. They hold for images like those."
+            f"- For probabilities, logits are divided by {card.temperature:.4g}, a temperature "
+            "fitted on held-out training images. The probabilities are calibrated for similar "
+            "images."
         )
     else:
         yield (
-            "- No temperature was fitted: the largest probability is no estimate of how often the "
-            "class is right."
+            "- No temperature was fitted, so the largest probability does not estimate how often "
+            "the class is right."
         )
-    yield "- The accuracies above are of their test sets. Other images may give lower ones."
+    yield "- The accuracies above hold for their test sets. They may be lower on other images."
     if card.architecture.clip == MINIATURE:
-        yield "- The pre-trained model is a toy for examples. It has seen small drawings alone."
+        yield "- The pre-trained model is a toy for examples, trained on small drawings only."
     else:
         yield (
-            "- The pre-trained model has seen images and texts of the web. What it took from them "
-            "about people and groups was not examined."
+            "- The pre-trained model was trained on images and texts from the web. Social biases "
+            "that it learned from them were not examined."
         )
     yield (
-        "- Classes that are described in words (zero-shot) may be recognised less well than by the "
-        "pre-trained model: fine-tuning moves the image features, and not the text tower."
+        "- Zero-shot classification of classes described in words may be worse than with the "
+        "pre-trained model: fine-tuning changes the image features, but not the text tower."
     )
 
 
@@ -200,12 +201,12 @@ def _licences(card: Card) -> Iterator[str]:
     named = f" ({_text(base)})" if base else ""
     yield f"- Pre-trained weights{named}: {found[0] if found else 'unknown'}."
     if any(seen.name == TRAIN_SET for seen in card.trained_on or ()):
-        yield "- ImageNet: its terms of access are for non-commercial research and education."
+        yield "- ImageNet: its terms of access permit non-commercial research and education."
     else:
         yield "- Training images: unknown to rft."
     yield (
-        "- The metadata of this page has `unknown`: the maker of this model has to name a licence "
-        "that both allow."
+        "- The metadata of this page has `unknown`. The maker of this model must choose a licence "
+        "that is compatible with both."
     )
 
 
@@ -224,7 +225,7 @@ def _title(card: Card) -> str:
 
 
 def _short(clip: str) -> str:
-    """Return the name of a model; of a folder, which may show a home, the last part alone."""
+    """Shorten a model's name; a folder, whose path may reveal a user name, keeps its last part."""
     return PurePosixPath(clip.partition(":")[2] or clip).name or clip
 
 
@@ -239,5 +240,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _text(text: Any) -> str:
-    """Escape a text for Markdown, where a mark of punctuation behind a backslash is itself."""
+    """Escape a text for Markdown with backslashes before punctuation marks."""
     return MARKS.sub(r"\\\g<0>", " ".join(str(text).split()))

@@ -1,7 +1,7 @@
 """A classifier as ONNX: uint8 images in, logits out, for any number of images.
 
-The input is RGB as decoded, resized and cropped, and the graph normalises it: an application cannot
-get mean and deviation wrong, and sends a quarter of the bytes of floats.
+The input is decoded, resized and cropped RGB, and the graph normalises it. Therefore an application
+needs no mean and deviation, and its input has a quarter of the bytes of floats.
 """
 
 import importlib.util
@@ -17,40 +17,38 @@ from rft.clip.architecture import Architecture
 from rft.clip.classifier import build_classifier
 
 OPSET = 20  # the first with GELU as one operator; onnxruntime 1.17 and newer
-BYTES = 2**31 - 2**20  # of weights: protobuf ends at 2 GiB
+BYTES = 2**31 - 2**20  # limit of the weights: protobuf ends at 2 GiB
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 PACKAGES = ("onnx", "onnxscript")
 
 
 def require_packages() -> None:
-    """Check that what writes ONNX is installed.
+    """Check that the packages that write ONNX are installed.
 
     Raises:
         ValueError: with the command that installs it.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(
-            f"the format onnx needs {' and '.join(missing)}: pip install 'rft-clip[onnx]'"
-        )
+        raise ValueError(f"--to onnx needs {' and '.join(missing)}: pip install 'rft-clip[onnx]'")
 
 
 def to_bytes(
     state: dict[str, Tensor], architecture: Architecture, entries: Mapping[str, Any]
 ) -> bytes:
-    """Return the ONNX file of a classifier, with JSON values as its metadata.
+    """Export a classifier as an ONNX file, with JSON values as its metadata.
 
     Raises:
-        ValueError: if the weights are too many for one file.
+        ValueError: if the weights are too large for one file.
     """
     size = sum(value.nbytes for value in state.values())
     if size > BYTES:
-        raise ValueError(f"the weights take {size:,} bytes; a file of ONNX has {BYTES:,} at most")
+        raise ValueError(f"the weights have {size:,} bytes; ONNX files are limited to {BYTES:,}")
     model = build_classifier(state, architecture)
     side = architecture.image_size
-    # two images: of one, the exporter would make a constant
+    # two images, because the exporter would take a batch of one for a constant
     images = torch.zeros((2, 3, side, side), dtype=torch.uint8)
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of what the exporter leaves unfolded
+    logging.disable(logging.WARNING)  # the exporter warns of constants that it does not fold
     try:
         program = torch.onnx.export(
             model,
@@ -66,7 +64,8 @@ def to_bytes(
         logging.disable(level)
     assert program is not None
     proto: Any = program.model_proto
-    for part in _parts(proto):  # lines of the source files of this machine
+    # the exporter records source lines with paths of this machine
+    for part in _parts(proto):
         del part.metadata_props[:]
     for name, value in entries.items():
         proto.metadata_props.add(key=name, value=json.dumps(value))

@@ -1,4 +1,4 @@
-"""Classify images with this folder: `python load.py IMAGE...`; needs open_clip_torch alone."""
+"""Classify images with this folder: `python load.py IMAGE...`. Needs only open_clip_torch."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 @torch.no_grad()
 def classify(paths: list[str]) -> tuple[list[str], torch.Tensor]:
-    """Return the names of the classes, and their probabilities (images, classes)."""
+    """Compute class probabilities; return the class names and an array (images, classes)."""
     card = json.loads((FOLDER / "card.json").read_text(encoding="utf-8"))
     loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
     model, _, transform = loaded
@@ -32,7 +32,7 @@ if __name__ == "__main__":
         sys.exit("usage: python load.py IMAGE...")
     try:
         names, probabilities = classify(sys.argv[1:])
-    except OSError as error:  # no such file, or no image
+    except OSError as error:  # missing file, or not an image
         sys.exit(f"error: {error}")
     for path, row in zip(sys.argv[1:], probabilities, strict=True):
         print(f"{path}: {names[int(row.argmax())]} ({float(row.max()):.1%})")

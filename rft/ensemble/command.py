@@ -170,7 +170,7 @@ def main() -> None:
         if not done:
             _evaluate(replace(found, fitted=earlier), arguments, packed, seen, world, device)
         elif world.is_main:
-            log.info("all counts are already there, nothing to do")
+            log.info("all results are current, nothing to do")
     if world.is_main:
         cli.say_next(commands.report([found.path], arguments.data))
 

@@ -1,1 +1,1 @@
-"""Exact evaluation: integer counts over every sample, once."""
+"""Exact evaluation: integer counts, with every sample counted exactly once."""

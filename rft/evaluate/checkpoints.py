@@ -1,8 +1,8 @@
-"""The weights that an evaluation counts with: read once, the same on every rank, of known classes.
+"""Loads the weights of an evaluation: once, the same on every rank, with checked classes.
 
-An average is computed of its models' weights (`rft.evaluate.unwritten`).
+Averages are computed in memory from the weights of their models (`rft.evaluate.unwritten`).
 
-A run that is still training replaces its selected weights at any time. Their hash is therefore
+A run that is still training may replace its selected weights at any time. Their hash is therefore
 taken when they are loaded, and compared when the counts are written.
 """
 
@@ -47,36 +47,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model in memory; its weights are in its classifier alone."""
+    """A loaded model; its tensors are in its classifier alone."""
 
     path: Path
     """The run folder or weights file that the user named, or the run folder of an average."""
     sha256: str
     saved: Saved
     average: Average | None = None
-    """What these weights are, if no file holds them."""
+    """The average that these weights are, if no file holds them."""
 
     def record(self) -> dict[str, Any]:
-        """Identify these weights, and the run that they are of, in a document of results.
+        """Make the entries of a document of results that identify these weights and their run.
 
-        An average's run folder gets its config.json first.
+        The run folder of an average gets its config.json first.
 
         Raises:
-            ValueError: if a training or merge replaced them since they were loaded.
+            ValueError: if a training or merge replaced the weights after they were loaded.
         """
-        # an average's are where rft.merge writes them
+        # for an average, the path to which rft.merge would write them
         weights = checkpoint_path(self.path) if self.average is None else self.path / SELECTED
         config = self.path / filenames.CONFIG
         written = self.average is None or derived.is_complete(self.path, self.average.config)
         if written and files.sha256_file(weights) != self.sha256:
             raise ValueError(
-                f"{weights} was replaced while it was evaluated, so its counts are not recorded; "
-                "wait until its run has finished, then evaluate it again"
+                f"{weights} was replaced during its evaluation, so its counts are not recorded; "
+                "evaluate it again when its run has finished"
             )
         if self.average is not None and not written and current_results(self.path) is None:
             files.write_json(str(config), self.average.config)
         return {
-            # without the folders above, so that a moved folder keeps a true record
+            # relative, so that the record stays true when the folder is moved
             "checkpoint": str(weights.relative_to(self.path.parent)),
             "checkpoint_sha256": self.sha256,
             "step": int(self.saved.metadata["step"]),
@@ -88,7 +88,7 @@ class Loaded:
 
     @property
     def state_of_run(self) -> str:
-        """How far the run is, in parentheses for a line of output; empty if it has ended."""
+        """Progress of the run, in parentheses for a line of output; empty if it has ended."""
         reached = unfinished(self.path)
         return f" (unfinished, {reached})" if reached else ""
 
@@ -96,19 +96,19 @@ class Loaded:
 def load_checkpoints(
     systems: Sequence[System], world: World, device: torch.device
 ) -> tuple[list[Loaded], list[Classifier]]:
-    """Read the selected weights of run folders, or weights files; all ranks have the same ones.
+    """Load the selected weights of run folders, or weights files, and check that ranks agree.
 
     Returns:
-        The checkpoints, and their classifiers on `device`, which all take images of one size.
-        Those of equal towers share one.
+        The checkpoints, and their classifiers on `device`, all with the same image size.
+        Classifiers with equal towers share one.
 
     Raises:
-        ValueError: if one is damaged, ranks see different files, or their image sizes differ.
+        ValueError: if a file is damaged, ranks see different files, or image sizes differ.
     """
     # all models see the same batches, which are decoded at one size
     sizes = {header_of(one).architecture.image_size for one in systems}
     if len(sizes) > 1:
-        raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
+        raise ValueError(f"the checkpoints need images of {sorted(sizes)} px; evaluate them apart")
     made = states(one.average for one in systems if isinstance(one, Unwritten))
     loaded: list[Loaded] = []
     models: list[Classifier] = []
@@ -116,7 +116,7 @@ def load_checkpoints(
         if isinstance(one, Unwritten):
             saved = one.average.saved(next(made))
             require_finite(one.path, saved.state)
-            # of the file that rft.merge would write
+            # the hash of the file that rft.merge would write
             found = Loaded(one.path, files.sha256_bytes(to_bytes(saved)), saved, one.average)
         else:
             weights = checkpoint_path(one)
@@ -124,7 +124,7 @@ def load_checkpoints(
         model = build_classifier(found.saved.state, found.saved.architecture).to(device)
         share_tower(model, models)
         models.append(model)
-        # many models' weights fit once, on the device
+        # the weights of many models fit into memory only once: those on the device are kept
         loaded.append(replace(found, saved=found.saved._replace(state={})))
     # a run that still trains may replace its weights between the reads of two ranks
     dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
@@ -132,7 +132,7 @@ def load_checkpoints(
 
 
 def share_tower(model: Classifier, others: Sequence[Classifier]) -> None:
-    """Give a model the tower of another one if they are equal: it is then forwarded once."""
+    """Let a model use another model's tower if both are equal, so that it is forwarded once."""
     state = model.visual.state_dict()
     for other in others:
         if model.architecture.difference(other.architecture):
@@ -144,44 +144,45 @@ def share_tower(model: Classifier, others: Sequence[Classifier]) -> None:
 
 
 def at_once(systems: Sequence[System], world: World, device: torch.device) -> int:
-    """Return how many of the systems the memory of every rank's device holds together."""
+    """Estimate how many of the systems fit together into the memory of every rank's device."""
     if device.type != "cuda":
         return len(systems)
-    # all in fp32; half of what is free is for images and what lies between the layers
+    # all in fp32; half of the free memory is kept for images and activations
     sizes = [sum(4 * v.numel() for v in header_of(one).state.values()) for one in systems]
     free, _ = torch.cuda.mem_get_info(device)
     return min(dist.gather_objects(world, max(1, free // 2 // max(sizes))))
 
 
 def warn_of_other_split(systems: Sequence[System], data: str) -> None:
-    """Warn of models whose training set is not the one beside the test sets of their evaluation.
+    """Warn of models whose training set differs from the one beside the test sets.
 
-    Own photos are split anew when they are packed with a different seed or share: a test image may
-    then be one that the model was trained on. ImageNet's sets have no images in common.
+    Own photos are split anew when they are packed with a different seed or share, so a test image
+    may be one that the model was trained on. ImageNet's sets have no images in common.
     """
     for one in systems:
         path = path_of(one)
         for name, trained_on, *_ in sorted(of_model(path, header_of(one).metadata)):
             url = files.join(data, name)
-            # a set that is not beside the test sets cannot be compared
+            # a training set that is not beside the test sets cannot be compared
             if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
                 continue
             found = Manifest.load(url).sha256
             if found != trained_on:
                 log.warning(
-                    f"{path} was trained on another {name} (manifest {trained_on[:12]}) than "
-                    f"{url} ({found[:12]}): it may have seen images of these test sets"
+                    f"{path} was trained on a different {name} (manifest {trained_on[:12]}) than "
+                    f"{url} ({found[:12]}): it may have seen images of these test sets "
+                    "(docs/data.md#no-training-on-test-images)"
                 )
-                # one line per model, however many sets it has seen
+                # one warning per model, however many sets it has seen
                 break
 
 
 def images_seen(
     systems: Sequence[System], data: str, manifests: Mapping[str, Manifest]
 ) -> list[dict[str, int]]:
-    """Return for each system how many images of each set it was trained on, with a warning.
+    """Count for each system the images of each set that it was trained on, with a warning.
 
-    Training accuracy may be what is wanted, so it is counted, and results.json says what it is.
+    Training accuracy may be intended, so it is only a warning, and results.json has the count.
     """
     found, known = [], {}
     for one in systems:
@@ -204,10 +205,10 @@ def images_seen(
 def few_shot_parts(
     trained_on: Iterable[TrainedOn], data: str, manifests: Mapping[str, Manifest]
 ) -> dict[str, np.ndarray]:
-    """Find which samples a model has seen of the sets that it was trained on with few shots.
+    """Find the samples that a model has seen of each set that it was trained on with few shots.
 
-    By the hash of their manifest, for sets that are here; held-out samples count as seen. What a
-    training without shots has seen is the whole set, which is no part.
+    The result maps the manifest's hash of each set that exists here to the samples; held-out
+    samples count as seen. A set with a training without shots was seen completely and has no entry.
     """
     by_set: dict[str, list[TrainedOn]] = {}
     for one in trained_on:
@@ -219,7 +220,7 @@ def few_shot_parts(
             continue
         for name in names:
             url = files.join(data, name)
-            # a damaged set is named where it is compared
+            # a damaged set is reported later, when it is compared
             with contextlib.suppress(ValueError):
                 if not files.exists(files.join(url, MANIFEST)):
                     continue
@@ -238,12 +239,12 @@ def _seen_by(entries: Iterable[TrainedOn], index: Index, manifest: Manifest) -> 
 
 
 def require_classes(systems: Sequence[System], packed: Mapping[str, PackedDataset]) -> None:
-    """Check that checkpoints and sets have the same classes; warn where a file does not say.
+    """Check that checkpoints and sets have the same classes; warn if a file does not name them.
 
     Only headers are read.
 
     Raises:
-        ValueError: naming the checkpoint, the set and the first class that differs.
+        ValueError: naming the checkpoint, the set and the first different class.
     """
     for dataset in packed.values():
         warn_of_one_class(dataset.url, dataset.manifest.groups)
@@ -257,5 +258,5 @@ def require_classes(systems: Sequence[System], packed: Mapping[str, PackedDatase
                 saved.classes, rows, str(path), dataset.manifest.label_space, dataset.url
             )
         ]
-        for warning in warnings[:1]:  # one for all sets
+        for warning in warnings[:1]:  # one warning for all sets
             log.warning(warning)

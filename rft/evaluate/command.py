@@ -1,7 +1,7 @@
 """Evaluate models exactly: `torchrun ... -m rft.evaluate CHECKPOINT... --data URL`.
 
-All models, checkpoints and averages of them, see each image in the same pass over the data, and
-those that share an image tower forward it once.
+All models, checkpoints and averages of them, are evaluated in one pass over the data. Models that
+share an image tower forward it once.
 """
 
 import logging
@@ -57,51 +57,52 @@ log = logging.getLogger(__name__)
 class Arguments:
     """Count correct predictions on packed test sets: those of your photos, or of the paper.
 
-    A run folder's counts go to its results.json and what it predicts for each image to its
-    predictions/, those of FILE.safetensors to FILE.results.json and FILE.predictions/.
-    Checkpoints whose counts are already there, for the same weights and data, are not evaluated
-    again.
+    The counts of a run folder are written to its results.json and the predictions for each image to
+    its predictions/; for FILE.safetensors to FILE.results.json and FILE.predictions/. Checkpoints
+    that already have counts of the same weights and data are skipped.
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
-    """Data root: the URL under which the tools wrote the packed sets."""
+    """Data root: the URL that contains the packed sets."""
     wise: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
         tyro.conf.arg(metavar="START END A..."),
     ] = ()
-    """WiSE-FT models of these ends and alphas too, averaged in memory as `rft.merge wise` does."""
+    """Also evaluate WiSE-FT models of these ends and alphas, averaged in memory like those of
+    `rft.merge wise`."""
     soup: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[Path, ...], ...]],
         tyro.conf.arg(metavar="MODEL MODEL..."),
     ] = ()
-    """The uniform soup of these models too, likewise (`rft.merge uniform-soup`)."""
+    """Also evaluate the uniform soup of these models, averaged in memory (`rft.merge
+    uniform-soup`)."""
     out: Path | None = None
-    """Folder for results of --wise and --soup: a run folder without weights for each, by recipe."""
+    """Folder for the results of --wise and --soup: one run folder per recipe, without weights."""
     end_weights: EndWeights = "best"
     """Weights of each END of --wise: selected, or of the last step, as in `rft.merge wise`."""
     parts: Parts = "all"
-    """What each --wise interpolates: every weight or the image tower, as in `rft.merge wise`."""
+    """Parts that --wise interpolates: every weight or the image tower, as in `rft.merge wise`."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
-    """Packed sets to evaluate on: these, or any other below the data root (of own photos: test)."""
+    """Packed sets to evaluate on: these, or any other below the data root (test for own photos)."""
     batch_size: BatchSize = 256
-    """Images that are read together. It changes no result: each forward takes 64 of them."""
+    """Images per read. Results do not depend on it: each forward takes 64 images."""
     logits: bool = False
-    """Keep all logits in half precision too: 100 MB for ImageNet's 50,000 images."""
+    """Also keep all logits in half precision: 100 MB for ImageNet's 50,000 images."""
     temperature: bool = False
-    """Fit each model's temperature on the images that its training held out, and keep confidences
-    at that temperature too. The training set must lie below --data."""
+    """Fit each model's temperature on the images that its training held out, and also keep the
+    confidences at that temperature. The training set must be below --data."""
     workers: Whole = 4
-    """Loader processes of each rank; 0 reads in the evaluating process."""
+    """Loader processes per rank; 0 reads in the evaluating process."""
     max_pixels: Megapixels = MAX_PIXELS
-    """Millions of pixels that an image may have; raise it if a set was packed so."""
+    """Limit of an image, in millions of pixels; raise it if a set was packed with a higher one."""
     device: Device = "auto"
     features_dir: Path | None = None
-    """Folder in which the features of image towers are kept, for later evaluations of heads on the
-    same towers (zero-shot, linear probes) and sets; safe to delete."""
+    """Folder to cache the features of image towers in, for later evaluations of heads on the same
+    towers (zero-shot, linear probes) and sets; safe to delete."""
     features_gb: Above0 = 10
-    """Largest size of that folder, in GB."""
+    """Size limit of that folder, in GB."""
 
 
 def evaluate(
@@ -112,9 +113,9 @@ def evaluate(
     world: World,
     device: torch.device,
 ) -> None:
-    """Evaluate some systems on every set in one pass; write their results from the main rank.
+    """Evaluate some systems on every set in one pass; the main rank writes their results.
 
-    `seen` are how many images of each set each system was trained on.
+    `seen` has for each system the number of images of each set that it was trained on.
     """
     loaded, models = load_checkpoints(systems, world, device)
     sets: list[dict[str, Evaluated]] = [{} for _ in models]
@@ -135,7 +136,7 @@ def evaluate(
         folder = FeatureFolder(arguments.features_dir, int(arguments.features_gb * 1e9))
         kept = Kept.of(folder, models)
     for name, dataset in packed.items():
-        # the main rank's part: only it shows a bar
+        # the bar counts the main rank's part, because only the main rank shows it
         with progress(name, "images", len(dataset) // world.size, ASIDE) as advance:
             predicted = predict(
                 models,
@@ -169,15 +170,15 @@ def evaluate(
 
 
 def find_systems(arguments: Arguments) -> list[System]:
-    """Return what the command line names, each run folder once.
+    """Collect the models and averages of the command line, each run folder once.
 
     Raises:
-        ValueError: if it names nothing, or an average that cannot be made.
+        ValueError: if it names none, or an average that cannot be made.
     """
     averages = read_averages(
         arguments.wise, arguments.soup, arguments.out, arguments.end_weights, arguments.parts
     )
-    # by name: an average that was merged before may be named as a run folder, too
+    # by path, because an average that was already merged may also be named as a run folder
     found = {path_of(one): one for one in (*arguments.checkpoints, *averages)}
     if not found:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
@@ -190,10 +191,10 @@ def waiting(
     arguments: Arguments,
     world: World,
 ) -> tuple[list[System], list[dict[str, int]]]:
-    """Return the systems without current results, and how many images of each set each has seen.
+    """Find the systems without current results, and count the images of each set they have seen.
 
-    The results of the others get the latter. Rank 0 decides, because files may change while the
-    others look at them, and the hashes of a training set are megabytes.
+    Systems with current results get these counts recorded. Rank 0 decides for all, because files
+    may change between the reads of two ranks, and the hashes of a training set are megabytes.
     """
 
     def look() -> tuple[list[int], list[dict[str, int]]]:
@@ -212,9 +213,9 @@ def waiting(
 
 
 def main() -> None:
-    """Parse, skip what is done, evaluate the rest."""
+    """Evaluate the models that have no current results."""
     arguments = cli.parse(Arguments, prog="rft.evaluate")
-    # before the ranks join: a mistake that all of them see is printed once
+    # before the ranks join, because an error that all ranks see is printed once
     systems = find_systems(arguments)
     if arguments.features_dir is not None:
         files.require_local(arguments.features_dir, "--features-dir")
@@ -229,7 +230,7 @@ def main() -> None:
         predictions.require_no_links(path_of(one), sets)
     for path in arguments.checkpoints:
         require_own_weights(path)
-        unfinished(path)  # a damaged record is found before the work
+        unfinished(path)  # a damaged record fails before the evaluation
     warn_of_other_split(systems, arguments.data)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
@@ -241,14 +242,14 @@ def main() -> None:
             together = at_once(left, world, device)
             if together < len(left) and world.is_main:
                 log.info(
-                    f"the GPU's memory holds {together} of {len(left)} models at once, so the data "
-                    "are read several times"
+                    f"GPU memory holds {together} of {len(left)} models at once, so the data are "
+                    "read several times"
                 )
             for first in range(0, len(left), together):
                 part = slice(first, first + together)
                 evaluate(left[part], packed, arguments, seen[part], world, device)
         elif world.is_main:
-            log.info("all counts are already there, nothing to do")
+            log.info("all results are current, nothing to do")
         if arguments.temperature and world.is_main:
             warn_of_no_temperature([path_of(one) for one in systems], sets)
     runs = [path for path in map(path_of, systems) if path.is_dir()]

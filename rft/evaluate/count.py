@@ -1,9 +1,9 @@
-"""What models predict for each image of a packed set, and how often they are right. Exact.
+"""Predictions of models for each image of a packed set, and exact counts of the right ones.
 
-Each rank takes a contiguous part of the set, without padding, and every image is forwarded in the
-same group of images whatever the ranks and batches are (`rft.evaluate.forward`): so every sample is
-predicted exactly once, and the rows are the same bit by bit for any number of ranks. Logits that
-are not finite are found, because their argmax is class 0.
+Each rank takes a contiguous part of the set, without padding, and the images that share a forward
+do not depend on ranks and batch size (`rft.evaluate.forward`). So every sample is predicted exactly
+once, and the rows are bit-identical for any number of ranks. Non-finite logits are an error,
+because their argmax would be class 0.
 
 Shapes: B batch, K classes, G groups, N images of the set, S models.
 """
@@ -26,42 +26,42 @@ from rft.runs.predictions import SCALED, Predictions
 from rft.shards.samples import Samples
 
 EXCLUDED = -1  # in `Manifest.class_to_group`
-SCORED_TOGETHER = 2**21  # logits of all models; 16 MB in fp64, and some temporaries of that size
+SCORED_TOGETHER = 2**21  # logits of all models per scoring; 16 MB in fp64, plus temporaries
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many of how many; what prints them makes percentages."""
+    """Correct predictions and their total; percentages are made when they are printed."""
 
     correct: int
     total: int
 
     @property
     def share(self) -> float:
-        """Return correct / total."""
+        """Accuracy as a fraction: correct / total."""
         return self.correct / self.total
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model predicts for a set."""
+    """The predictions of a model for a set."""
 
     predictions: Predictions
     logits_NK: np.ndarray | None
-    """On the main rank, if they are wanted."""
+    """On the main rank, if they were requested."""
 
     @property
     def count(self) -> Count:
-        """Return how many predictions are right."""
+        """Number of right predictions."""
         right_N = self.predictions.right
         return Count(int(right_N.sum()), len(right_N))
 
 
 class Scored(NamedTuple):
-    """What the logits of some images say of their labels; see `Predictions` for the columns."""
+    """Logits scored against labels; see `Predictions` for the columns."""
 
     prediction_B: Tensor
-    """Group that is predicted, int64."""
+    """The predicted group, int64."""
     rank_B: Tensor
     confidence_B: Tensor
     log_likelihood_B: Tensor
@@ -70,22 +70,22 @@ class Scored(NamedTuple):
 
 
 def group_logits(logits_BK: Tensor, class_to_group_K: Tensor) -> Tensor:
-    """Return the logit of each group that a set scores, the highest of its classes, fp64 (B, G)."""
+    """Compute the logit of each scored group, the highest of its classes, fp64 (B, G)."""
     scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
     group_K = class_to_group_K[scored_K]
     scored_BK = logits_BK[:, scored_K].double()
     groups = int(class_to_group_K.max()) + 1
     if torch.equal(group_K, torch.arange(groups, device=group_K.device)):
-        # each class is its own group, as in most sets: the same numbers in half the time
+        # each class is its own group, as in most sets: no reduction needed, half the time
         return scored_BK
     high_BG = scored_BK.new_full((len(logits_BK), groups), -torch.inf)
     return high_BG.scatter_reduce(1, group_K.expand_as(scored_BK), scored_BK, "amax")
 
 
 def class_logits(group_BG: Tensor, class_to_group_K: Tensor) -> Tensor:
-    """Return logits (B, K) whose groups have the given ones: each class has that of its group.
+    """Expand logits of groups to logits (B, K) of classes: each class gets that of its group.
 
-    A class outside every group is never scored and has the first group's.
+    A class outside every group is never scored; it gets that of the first group.
     """
     return group_BG[:, class_to_group_K.clamp(min=0)]
 
@@ -96,14 +96,13 @@ def score(
     class_to_group_K: Tensor,
     temperature: float | Tensor | None = None,
 ) -> Scored:
-    """Hold logits against labels by a set's scoring rule.
+    """Score logits against labels by the set's rule.
 
-    The prediction is the group of the highest logit over the classes that lie in a group, the first
-    of equal ones, and it is right when it is the label's group. With one group for each class this
-    is plain top-1; for ObjectNet it equals the benchmark's rule over its 113 categories (groups are
-    disjoint). Probabilities are the softmax over groups, each with its highest logit, in fp64; the
-    scaled ones of logits divided by the temperature, one for all or (B, 1). A row depends on no
-    other one.
+    The prediction is the group of the highest logit over all classes in groups, the first of equal
+    ones. It is right if it is the label's group. With one group per class this is plain top-1; for
+    ObjectNet it equals the benchmark's rule over its 113 categories (groups are disjoint).
+    Probabilities are the softmax over groups, each with its highest logit, in fp64. The scaled ones
+    are of logits divided by the temperature, a scalar or (B, 1). Rows are independent.
     """
     scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
     group_K = class_to_group_K[scored_K]
@@ -113,7 +112,7 @@ def score(
     else:
         scored_BK = logits_BK[:, scored_K].double()
         group_BK = group_K.expand_as(scored_BK)
-        # which class of a group has its highest logit: of groups with equal ones the first leads
+        # the first class with its group's highest logit, which breaks ties between groups
         leads_BK = torch.where(
             scored_BK == high_BG.gather(1, group_BK), scored_K, len(class_to_group_K)
         )
@@ -124,7 +123,7 @@ def score(
     before_BG = (high_BG > own_B1) | ((high_BG == own_B1) & (first_BG < own_first_B1))
     prediction_B1 = group_K[scored_BK.argmax(dim=1)][:, None]
     probabilities = []
-    # without a temperature both are the same
+    # without a temperature, the plain and the scaled columns are the same
     for scaled_BG in [high_BG] if temperature is None else [high_BG, high_BG / temperature]:
         log_BG = scaled_BG.log_softmax(dim=1)
         probabilities.append(log_BG.gather(1, prediction_B1).squeeze(1).exp())
@@ -134,8 +133,8 @@ def score(
 
 
 def is_finite(logits_BK: Tensor) -> Tensor:
-    """Return for each image whether it has a prediction at all: all logits finite, bool."""
-    # one pass: the sum of finite fp32 numbers is finite in fp64, and inf less inf is NaN
+    """Mark the images whose logits are all finite, bool; the others have no valid prediction."""
+    # one pass: the sum of finite fp32 numbers is finite in fp64, and inf - inf is NaN
     return logits_BK.sum(dim=-1, dtype=torch.float64).isfinite()
 
 
@@ -156,25 +155,35 @@ def predict(
     logits: type[np.floating] | None = None,
     temperatures: Sequence[float | None] = (),
 ) -> list[Predicted]:
-    """Return what each model predicts for each image, in one pass over the data, on every rank.
+    """Predict each image with each model, in one pass over the data; all ranks get all rows.
 
-    The models are modules from uint8 images of `image_size` pixels a side to logits, in evaluation
-    mode on `device`; `names` are what to call them in a message. Classifiers that share a tower
-    forward it once; with `kept`, its features are read from there, or else written there for the
-    next call, and the rows are the same. Without `samples` all of the set are predicted.
-    `batch_size` is the images that are read together, made up to whole forwards of
-    `rft.evaluate.forward.TOGETHER`, `workers` the loader processes of each rank (0 reads in this
-    one), and `progress` gets the number of images each time that this rank has done some. With
-    `logits`, the main rank gets all of them too, in that type. A model with a temperature has
-    scaled columns.
+    Classifiers that share a tower forward it once.
+
+    Args:
+        models: modules from uint8 images of `image_size` pixels a side to logits, in evaluation
+            mode on `device`.
+        packed: the set.
+        image_size: side of the models' input in pixels.
+        world: the ranks.
+        device: the device of the models.
+        samples: numbers of the samples to predict; all by default.
+        batch_size: images per read, rounded up to whole forwards of
+            `rft.evaluate.forward.TOGETHER`.
+        workers: loader processes per rank; 0 reads in this process.
+        progress: called with the number of images after each forward of this rank.
+        names: names of the models for messages.
+        kept: cache of features, read if they are there and written otherwise; it does not change
+            the rows.
+        logits: type in which the main rank also gets all logits.
+        temperatures: temperature of each model; those that have one get scaled columns.
 
     Raises:
-        ValueError: naming the first model that has a logit which is NaN or infinite, or too large
-            for half precision where logits are wanted.
+        ValueError: naming the first model with a logit that is NaN or infinite, or too large for
+            half precision if `logits` is that.
     """
     if samples is None:
         samples = np.arange(len(packed))
-    # before the work, because a damaged file ends it
+    # read first, because a damaged file is an error
     domain_N = domains_of(packed, samples)
     table = packed.manifest.class_to_group()
     class_to_group_K = torch.from_numpy(table).to(device)
@@ -205,7 +214,7 @@ def predict(
             )
             rows.append(Scored(*(column.view(len(models), -1) for column in scored)))
             kept_SBK = logits_SBK.half() if logits is np.float16 else logits_SBK
-            # looked at in the end: a look now would wait for the GPU
+            # read only at the end: reading it here would wait for the GPU
             bad_S += (~is_finite(kept_SBK)).sum(dim=1)
             if logits is not None:
                 for number, kept_BK in enumerate(kept_SBK):
@@ -225,7 +234,7 @@ def predict(
         drawn["prediction"] = called[drawn["prediction"]]
         all_NK = None
         if logits is not None:
-            # one model at a time, and on the main rank alone: they are large
+            # one model at a time, and on the main rank alone, because logits are large
             parts = dist.gather_on_main(world, kept_logits[number])
             flat = [logits_BK for part in parts for logits_BK in part]
             all_NK = np.concatenate(flat) if flat else None
@@ -238,10 +247,10 @@ def predict(
 
 
 def domains_of(packed: PackedDataset, samples: np.ndarray) -> np.ndarray | None:
-    """Return the name of the domain of each of some samples, (N,); None for a set without domains.
+    """Look up the domain's name of each sample, (N,); None for a set without domains.
 
     Raises:
-        ValueError: if the set's file of them is absent or damaged.
+        ValueError: if the set's file of domains is missing or damaged.
     """
     names = packed.manifest.domains
     domain_N = Samples.load(packed.url, packed.manifest).domain if names else None
@@ -251,16 +260,16 @@ def domains_of(packed: PackedDataset, samples: np.ndarray) -> np.ndarray | None:
 def _grouped(
     stream: Iterable[tuple[Tensor, Sequence[Tensor]]], progress: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Join labels (B,) and logits (S, B, K) of several forwards, which are then scored together.
+    """Join labels (B,) and logits (S, B, K) of several forwards, to score them together.
 
-    Scoring is many small operations: for each model and forward, they would take longer than to
-    read the images. No row depends on another one, so the results are the same.
+    Scoring is many small operations. Per model and forward, they would take longer than reading the
+    images. Rows are independent, so the results are the same.
     """
     labels: list[Tensor] = []
     logits: list[Sequence[Tensor]] = []
 
     def joined() -> tuple[Tensor, Tensor]:
-        # all at once, because each copy takes as long as a part of the scoring
+        # one concatenation, because every copy costs as much as a part of the scoring
         by_model = [logits_BK for of_model in zip(*logits, strict=True) for logits_BK in of_model]
         return torch.cat(labels), torch.cat(by_model).unflatten(0, (len(logits[0]), -1))
 
@@ -277,7 +286,7 @@ def _grouped(
         yield joined()
 
 
-# columns of `Predictions` that a model makes, with their types
+# columns of `Predictions` that depend on the model, with their types
 DRAWN = {
     "prediction": np.int32,
     "rank": np.int32,
@@ -289,7 +298,7 @@ DRAWN = {
 
 
 def _columns(rows: Sequence[Scored], models: int) -> dict[str, np.ndarray]:
-    """Join this rank's columns (S, B) of several scorings to (S, N); a rank may have no image."""
+    """Join this rank's columns (S, B) of all scorings to (S, N); a rank may have no image."""
     if not rows:
         return {name: np.empty((models, 0), kind) for name, kind in DRAWN.items()}
     joined = (torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*rows, strict=True))
@@ -300,7 +309,7 @@ def _columns(rows: Sequence[Scored], models: int) -> dict[str, np.ndarray]:
 
 
 def _called(class_to_group_K: np.ndarray) -> np.ndarray:
-    """Return what each group is called by: its smallest class id, int32 (G,)."""
+    """Find the id that names each group, its smallest class id, int32 (G,)."""
     groups, first = np.unique(class_to_group_K, return_index=True)
     return first[groups != EXCLUDED].astype(np.int32)
 
@@ -308,7 +317,7 @@ def _called(class_to_group_K: np.ndarray) -> np.ndarray:
 def count_correct(
     models: Sequence[nn.Module], packed: PackedDataset, **options: Any
 ) -> list[Count]:
-    """Return the exact top-1 count of each model; the options are those of `predict`."""
+    """Count the right predictions of each model; the options are those of `predict`."""
     return [one.count for one in predict(models, packed, **options)]
 
 
@@ -317,11 +326,11 @@ def require_finite(
 ) -> None:
     """Check that no model has `bad` images, without finite logits, among the `total` of a set.
 
-    Weights that are finite may still overflow on the way to the logits. All ranks have the same
-    counts, and the main one raises.
+    Finite weights may still overflow on the way to the logits. All ranks have the same counts, and
+    the main rank raises.
 
     Raises:
-        ValueError: naming the first model that had not, and the set.
+        ValueError: naming the first model with such images, and the set.
     """
     for name, count in zip(names, bad, strict=True):
         if count == 0:
@@ -330,6 +339,6 @@ def require_finite(
             dist.step_aside(world)
         raise ValueError(
             f"{name}: the logits of {count:,} of {total:,} images of {url} are NaN or infinite, "
-            "so nothing is counted; its training diverged: use weights from before that, or train "
-            "with a lower --optim.lr"
+            "so nothing is counted; its training diverged: use earlier weights, or train with a "
+            "lower --optim.lr"
         )

@@ -1,8 +1,8 @@
 """How much of an image and of its object a patch mask covers (Table 2, appendix A.2). Pure.
 
-Everything is counted in pixels, as int64, and divided at the very end. A patch mask covers whole
-patches, so |M_cam & M_seg| is the sum of the object's pixels in the masked patches, and no mask is
-ever expanded to pixels.
+All counts are pixels, as int64, and are divided only at the end. A patch mask covers whole patches,
+so |M_cam & M_seg| is the sum of the object's pixels in the masked patches, and masks need not be
+expanded to pixels.
 
 Shapes: B images, P patches, H W pixels, T thresholds, N images of a whole evaluation.
 """
@@ -19,7 +19,7 @@ from rft.paper import Covered
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """Pixels of N images: an image's, the object's, and per threshold the masked ones; all int64.
+    """Pixels of N images: of the image, of the object and, per threshold, masked; all int64.
 
     The image masking rate is masked / image, the object masking rate both / object, and the IoU
     both / either.
@@ -39,7 +39,7 @@ class Pixels:
         return self.masked_TN + self.object_N - self.both_TN
 
     def with_object(self) -> "Pixels":
-        """Return the images whose object mask is not empty: the others have no object rate."""
+        """Select the images whose object mask is not empty; the others have no object rate."""
         seen_N = self.object_N > 0
         return Pixels(
             image=self.image,
@@ -49,7 +49,7 @@ class Pixels:
         )
 
     def pooled(self) -> "Pixels":
-        """Return the pixels of all images as those of one; its rates favour large objects."""
+        """Sum the pixels of all images, as if they were one; its rates favour large objects."""
         return Pixels(
             image=len(self.object_N) * self.image,
             object_N=self.object_N.sum(keepdims=True),
@@ -58,35 +58,35 @@ class Pixels:
         )
 
     def mean_rates(self) -> list[Covered]:
-        """Return for each threshold the means over images of the images' own rates.
+        """Average the rates of the images, for each threshold.
 
         Every object must have pixels. The sums are fp64 and in the order of the images.
         """
         image_T = (self.masked_TN / self.image).mean(axis=1)
-        # each image counts the same, however large its object
+        # rates are averaged per image, so that objects of any size count the same
         object_T = (self.both_TN / self.object_N).mean(axis=1)
         iou_T = (self.both_TN / self.either).mean(axis=1)
         return [Covered(*map(float, row)) for row in zip(image_T, object_T, iou_T, strict=True)]
 
 
 def count_object(object_BHW: Tensor, patches: int) -> Tensor:
-    """Return how many pixels of an object (bool) lie in each patch of its image, int64 (B, P).
+    """Count the pixels of an object (bool) in each patch of its image, int64 (B, P).
 
-    Images are square, patches are counted row by row.
+    Images are square, and patches are in row-major order.
     """
     grid = math.isqrt(patches)
     side = object_BHW.shape[-1] // grid
     assert object_BHW.shape[1:] == (grid * side, grid * side), "not a square of whole patches"
-    # from behind, because an unflatten moves the dimensions after it
+    # the last dimension first, because an unflatten shifts the dimensions after it
     grid_BGRGR = object_BHW.unflatten(2, (grid, side)).unflatten(1, (grid, side))
     return grid_BGRGR.sum(dim=(2, 4), dtype=torch.int64).flatten(1)
 
 
 def count_masked(mask_TBP: Tensor, object_BP: Tensor, patch_pixels: int) -> tuple[Tensor, Tensor]:
-    """Return |M_cam| and |M_cam & M_seg|, both int64 (T, B), of patch masks (bool).
+    """Count |M_cam| and |M_cam & M_seg|, both int64 (T, B), for patch masks (bool).
 
-    `object_BP` is what `count_object` returns; a patch has `patch_pixels`.
+    `object_BP` is the result of `count_object`; a patch has `patch_pixels` pixels.
     """
     masked_TB = mask_TBP.sum(dim=2, dtype=torch.int64) * patch_pixels
-    # bool times int64 is int64: exact
+    # bool times int64 is int64, so the count is exact
     return masked_TB, (mask_TBP * object_BP).sum(dim=2)

@@ -1,11 +1,11 @@
-"""Logits of several models on the same batches: each tower runs once, or not at all.
+"""Logits of several models on the same batches, where each tower runs at most once.
 
-A tower that several classifiers share forwards each batch once. Where a folder keeps features, a
-batch whose rows are all there is not even read.
+A tower shared by several classifiers forwards each batch once. With a cache of features, batches
+whose rows are all cached are not even read.
 
-The last bits of a product depend on how many images it is made of. So every forward takes TOGETHER
-images that begin at a multiple of that in the set, and features and logits are the same bit by bit
-whatever the batch size and the number of ranks.
+The last bits of a matrix product depend on the number of images in it. So every forward takes
+TOGETHER images, starting at a multiple of that in the set. Features and logits are then
+bit-identical for any batch size and number of ranks.
 
 Shapes: B batch, E embedding, K classes.
 """
@@ -27,17 +27,17 @@ from rft.loading.features import FeatureFile, FeatureFolder, computed_by
 from rft.loading.read import read_batches
 from rft.storage import files
 
-TOGETHER = 64  # images in one forward; more would be little faster on a GPU
+TOGETHER = 64  # images per forward; more would be little faster on a GPU
 Files = dict[nn.Module, FeatureFile]
 
 
 class Ensemble(nn.Module):
-    """Classifiers that answer together: a tower that several share runs once."""
+    """Classifiers whose features are combined to one output; a shared tower runs once."""
 
     def __init__(
         self, members: Sequence[Classifier], answer: Callable[[Sequence[Tensor]], Tensor]
     ) -> None:
-        """`answer` makes logits (B, K), or any rows, of each member's features (B, E)."""
+        """`answer` maps each member's features (B, E) to logits (B, K), or any rows."""
         super().__init__()
         self.members = tuple(members)
         self.answer = answer
@@ -45,20 +45,20 @@ class Ensemble(nn.Module):
 
 @dataclass(frozen=True)
 class Kept:
-    """Where features are kept, and of which towers."""
+    """A cache of the features of some towers."""
 
     folder: FeatureFolder
     towers: Mapping[nn.Module, tuple[Classifier, dict[str, Any]]]
-    """By their `visual`: a classifier of the tower, and its identity (`tower_identity`)."""
+    """Tower -> a classifier that has it, and the identity of the tower (`tower_identity`)."""
 
     @classmethod
     def of(cls, folder: FeatureFolder, models: Sequence[Classifier]) -> "Kept":
-        """Keep the features of the towers of some models."""
+        """Make a cache for the towers of some models."""
         towers = {model.visual: model for model in models}
         return cls(folder, {visual: (one, tower_identity(one)) for visual, one in towers.items()})
 
     def open(self, packed: PackedDataset, samples: np.ndarray, device: torch.device) -> Files:
-        """Open the file of each tower, whose row n is sample number n of `samples`."""
+        """Open the file of each tower; row n of a file is sample number n of `samples`."""
         key = {
             "manifest_sha256": packed.manifest.sha256,
             "samples_sha256": files.sha256_bytes(np.ascontiguousarray(samples, np.int64).tobytes()),
@@ -84,10 +84,10 @@ def forward(
     workers: int,
     device: torch.device,
 ) -> Generator[tuple[Tensor, list[Tensor]]]:
-    """Yield the labels of TOGETHER images, of the last ones fewer, and every model's logits.
+    """Yield the labels of TOGETHER images, the last time of fewer, and every model's logits.
 
     Batches are whole multiples of TOGETHER. `first` is the row of the first sample in the `opened`
-    files, which are closed in the end. Raises what `read_batches` does.
+    files, which are closed at the end. Raises the errors of `read_batches`.
     """
     towers = {_tower(member): member for model in models for member in _members(model)}
     reads = towers.keys() <= opened.keys()
@@ -102,7 +102,7 @@ def forward(
         ]
         known = {n for n in range(len(batches)) if reads and _read(opened, rows[n]) is not None}
         unread = [batches.samples_of(n) for n in range(len(batches)) if n not in known]
-        # cut as before: all but the last batch are full
+        # all batches but the last are full, so the remaining samples are cut at the same boundaries
         others = replace(batches, samples=np.concatenate([batches.samples[:0], *unread]))
         stream = stack.enter_context(
             closing(read_batches(others, range(len(others)), workers=workers, device=device))
@@ -110,7 +110,7 @@ def forward(
         for n, rows_B in enumerate(rows):
             found = _read(opened, rows_B) if n in known else None
             if found is None:
-                # what was there a moment ago and is damaged now is read at once
+                # rows that were intact above but are damaged now are computed right here
                 batch = next(stream) if n not in known else _batch(batches, n, device)
                 labels_B = batch.labels_B
                 parts = batch.images_BCHW.split(TOGETHER)
@@ -141,14 +141,14 @@ def _tower(model: nn.Module) -> nn.Module:
 
 
 def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """Return the features of a classifier's tower, or the logits of any other model."""
+    """Compute the features of a classifier's tower, or the logits of any other model."""
     if isinstance(model, Classifier):
         return model.features(model.patches(images_BCHW))
     return model(images_BCHW)
 
 
 def _logits(model: nn.Module, features: Mapping[nn.Module, Tensor]) -> Tensor:
-    """Return a model's logits from the features of each tower."""
+    """Compute a model's logits from the features of each tower."""
     found = [features[_tower(member)] for member in _members(model)]
     if isinstance(model, Ensemble):
         return model.answer(found)
@@ -163,7 +163,7 @@ def _batch(batches: EvaluationBatches, number: int, device: torch.device) -> Any
 
 
 def _read(opened: Files, rows_B: np.ndarray) -> dict[nn.Module, np.ndarray] | None:
-    """Return the rows of every file, None if one is missing."""
+    """Read the rows of every file; None if any row is missing."""
     found = {}
     for tower, file in opened.items():
         found[tower], whole_B = file.read(rows_B)

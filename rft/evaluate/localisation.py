@@ -1,9 +1,9 @@
 """Does the CAM find the object (Table 2)? `... -m rft.evaluate.localisation RUN... --masks DIR`.
 
-The patches that object masking would mask are held against segmentation masks. The paper averages
-over masks made while training, one run for each threshold; here one checkpoint's CAM is measured,
-for all thresholds, on the images as they are. The worth of a mask is its object masking rate
-beside its image masking rate: for random masks of any rate the two are equal in expectation.
+The patches that object masking would mask are compared with segmentation masks. The paper averages
+over masks made during training, with one run per threshold. Here the CAM of one checkpoint is
+measured for all thresholds, on unmodified images. A mask is good if its object masking rate exceeds
+its image masking rate: for random masks of any rate the two are equal in expectation.
 """
 
 from collections.abc import Sequence
@@ -42,21 +42,22 @@ ROWS = {
 class Arguments:
     """Measure how well the CAM's object mask covers the object (the paper's Table 2).
 
-    Counts and rates go to a run folder's localisation.json, or to FILE.localisation.json; each call
-    measures again. A random mask of any rate has an object masking rate equal to its image masking
-    rate, in expectation: the CAM finds objects as far as its object masking rate is above that.
+    Counts and rates are written to a run folder's localisation.json, or to FILE.localisation.json;
+    every call measures anew. A random mask of any rate has an object masking rate equal to its
+    image masking rate, in expectation. The CAM finds objects as far as its object masking rate is
+    above that.
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
-    """Data root: the URL under which the tools wrote the packed sets."""
+    """Data root: the URL that contains the packed sets."""
     masks: Path
     """Folder of object masks made by any segmenter: PNG files of one channel, 0 and one other value
-    on the object, each in the size of its image as rft shows it: own photos upright by their EXIF
-    orientation, all others as stored (or of the model's centre crop).
-    A mask is called and placed as its image is (n01440764/n01440764_10026.png) or by the sample's
-    key alone. Images without a mask are left out and counted."""
+    on the object. Each has the size of its image as rft shows it (own photos upright by their EXIF
+    orientation, all others as stored), or of the model's centre crop. A mask has the path of its
+    image (n01440764/n01440764_10026.png), or the sample's key as its name. Images without a mask
+    are left out and counted."""
     set: str = TRAIN_SET
     """Packed set to measure on."""
     thresholds: Annotated[tuple[float, ...], tyro.conf.arg(metavar="T...")] = tuple(TABLE_2)
@@ -64,34 +65,34 @@ class Arguments:
     classes: Measurable = "restricted"
     """Images of Restricted ImageNet's dogs, cats and birds (144 of ImageNet's classes), or all."""
     samples: Whole = 0
-    """Measure only so many images, chosen by chance among those that have a mask; 0 takes all."""
+    """Number of images to measure, drawn at random from those with a mask; 0 measures all."""
     seed: Seed = 0
-    """Seed of that choice."""
+    """Seed of that draw."""
     cam: Cam = "relevance"
     """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
     batch_size: BatchSize = 128
-    """Images in one forward."""
+    """Images per forward."""
     workers: Whole = 4
-    """Loader processes of each rank, and its threads that read masks; 0 reads in this one."""
+    """Loader processes per rank, and threads that read masks; 0 reads in the measuring process."""
     max_pixels: Megapixels = MAX_PIXELS
-    """Millions of pixels that an image may have; raise it if a set was packed so."""
+    """Limit of an image, in millions of pixels; raise it if a set was packed with a higher one."""
     device: Device = "auto"
 
 
 def localise(
     arguments: Arguments, packed: PackedDataset, world: World, device: torch.device
 ) -> None:
-    """Measure every checkpoint in one pass; the main rank writes and prints."""
+    """Measure every checkpoint in one pass; the main rank writes and prints the results."""
     loaded, models = load_checkpoints(arguments.checkpoints, world, device)
     selection = select(
         packed, arguments.masks, arguments.classes, arguments.samples, arguments.seed
     )
-    # by key: nodes that see different mask folders would choose different images
+    # compared by key: nodes that see different mask folders would choose different images
     names = [packed.key(sample) for sample in selection.samples.tolist()]
     dist.require_agreement(world, "list of masks", files.sha256_json(names))
     with progress(arguments.set, "images", len(names) // world.size, ASIDE) as advance:
         found, masks_sha256 = measure(
-            # a CAM needs the gradient of attention maps alone
+            # a CAM needs gradients of the attention maps only
             [model.requires_grad_(False) for model in models],
             packed,
             selection,
@@ -128,7 +129,7 @@ def to_document(
     measured: Pixels,
     masks_sha256: str,
 ) -> dict[str, Any]:
-    """Return one checkpoint's counts and rates as a JSON document."""
+    """Make a JSON document of one checkpoint's counts and rates."""
     pixels = measured.with_object()
     pooled = pixels.pooled()
     rates = zip(arguments.thresholds, pixels.mean_rates(), pooled.mean_rates(), strict=True)
@@ -139,7 +140,7 @@ def to_document(
         "set": arguments.set,
         "manifest_sha256": packed.manifest.sha256,
         "masks": str(arguments.masks),
-        "masks_sha256": masks_sha256,  # of the measured images' files, in this order
+        "masks_sha256": masks_sha256,  # over the mask files of the measured images, in their order
         "classes": arguments.classes,
         "cam": arguments.cam,
         "samples": arguments.samples,
@@ -163,11 +164,11 @@ def to_document(
 
 
 def format_table(title: str, document: dict[str, Any], *, beside_paper: bool) -> str:
-    """Return the rates as Table 2 has them; the paper's own only beside the model it is about."""
+    """Format the rates like Table 2, with the paper's numbers beside those of its own model."""
     images, entries = document["images"], document["thresholds"]
     lines = [
         f"{title}: {document['set']}, mean over {images['measured']:,} images "
-        f"({images['empty_mask']:,} more have an empty mask, {images['without_mask']:,} have none)",
+        f"({images['empty_mask']:,} more have an empty mask, {images['without_mask']:,} no mask)",
         _line("threshold", [f"{entry['threshold']:g}" for entry in entries]),
     ]
     for title, name in ROWS.items():
@@ -184,7 +185,7 @@ def _line(title: str, cells: Sequence[str]) -> str:
 
 
 def check(arguments: Arguments) -> None:
-    """Check what can be checked without reading anything.
+    """Check the options that need no file to be read.
 
     Raises:
         ValueError: naming the option.
@@ -192,13 +193,13 @@ def check(arguments: Arguments) -> None:
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to measure")
     if not arguments.thresholds or len(set(arguments.thresholds)) < len(arguments.thresholds):
-        raise ValueError("--thresholds needs at least one value, and each only once")
+        raise ValueError("--thresholds needs at least one value, without duplicates")
     if bad := [value for value in arguments.thresholds if not 0 <= value <= 1]:
-        raise ValueError(f"--thresholds has {bad[0]:g}; a threshold lies in [0, 1]")
+        raise ValueError(f"--thresholds has {bad[0]:g}; it must be from 0 to 1")
 
 
 def main() -> None:
-    """Parse, check, measure."""
+    """Measure the checkpoints of the command line."""
     arguments = cli.parse(Arguments, prog="rft.evaluate.localisation")
     arguments = replace(arguments, set=urls.set_name(arguments.set, "--set"))
     check(arguments)

@@ -1,7 +1,7 @@
-"""Measures how far the CAM's object masks cover the objects of a packed set (Table 2).
+"""Measures how well the CAM's object masks cover the objects of a packed set (Table 2).
 
-Batches are the same for any number of ranks, and the images' integers are gathered before anything
-is divided, so that ranks change no digit of the result.
+Batches are the same for any number of ranks, and the integer counts of the images are gathered
+before any division, so the result does not depend on the number of ranks.
 
 Shapes: M models, C = 2 + 2 T counts for T thresholds, B images of a batch, N of all ranks.
 """
@@ -32,13 +32,14 @@ from rft.storage import files
 def label_map(
     model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam, *, recompute: bool = False
 ) -> Tensor:
-    """Compute the CAM by the training step's own function, outside of a step.
+    """Compute the CAM outside of a training step, with the function that training uses.
 
-    Each patch's relevance for its image's label, divided by the largest, (B, P); NaN everywhere for
-    an image without finite logits. `recompute` is that of `Classifier.features`.
+    The result is the relevance of each patch for the image's label, divided by the largest, (B, P).
+    It is NaN everywhere for an image without finite logits. `recompute` is that of
+    `Classifier.features`.
     """
     taps: list[AttentionTap] = []
-    # where the weights are frozen, the graph starts at the pixels
+    # the weights may be frozen, so the graph must start at the pixels
     patches_BPV = model.patches(images_BCHW).requires_grad_()
     logits_BK = model.logits(model.features(patches_BPV, taps=taps, recompute=recompute))
     relevance_BP = counterfactual.cam(cam, logits_BK, labels_B, taps).detach()
@@ -59,11 +60,11 @@ def measure(
     progress: Callable[[int], None],
     names: Sequence[str],
 ) -> tuple[list[Pixels], str]:
-    """Return what the masks of each model cover, image by image, and the hash of the object masks.
+    """Measure the coverage of each model's masks per image; also hash the object masks.
 
-    Every rank has all images, in the order of the samples. The models are frozen and take images of
-    one size; `cam` is the kind of map, `workers` are also threads that read masks, and the other
-    keywords are those of `rft.evaluate.count.count_correct`.
+    All ranks get all images, in the order of the samples. The models are frozen and have the same
+    image size. `cam` is the kind of map, `workers` is also the number of threads that read masks,
+    and the other keywords are those of `rft.evaluate.count.predict`.
 
     Raises:
         ValueError: if an image or a mask is damaged, a mask has the wrong size, or a model has
@@ -86,7 +87,7 @@ def measure(
         for batch in read_batches(batches, range(first, last), workers=workers, device=device):
             # read while the device makes the maps
             coming = pool.map(read, batch.samples_B.tolist())
-            # one model after the other: a map needs a graph, and one graph is alive at a time
+            # models run one after the other, so that only one graph is in memory at a time
             maps = [label_map(model, batch.images_BCHW, batch.labels_B, cam) for model in models]
             masks = list(coming)
             digests += [mask.sha256 for mask in masks]
@@ -99,7 +100,7 @@ def measure(
     assert counts_MCN.shape[2] == total, "an image was lost or counted twice"
     require_finite(world, names, counts_MCN[:, 0].sum(axis=1).tolist(), total, packed.url)
     measured = []
-    # index 0, the bad maps, was checked above
+    # entry 0, the bad maps, was checked above
     for _, object_N, *covered in counts_MCN:
         masked_TN, both_TN = np.split(np.stack(covered), 2)
         pixels = Pixels(image=size**2, object_N=object_N, masked_TN=masked_TN, both_TN=both_TN)
@@ -108,7 +109,7 @@ def measure(
 
 
 def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Return whether the map is bad, then object, masked and both pixels, int64 (C, B)."""
+    """Count per image: a bad map (0 or 1), then object, masked and both pixels, int64 (C, B)."""
     object_BP = count_object(object_BHW, relevance_BP.shape[1])
     patch_pixels = object_BHW[0].numel() // relevance_BP.shape[1]
     mask_TBP = torch.stack(
@@ -116,5 +117,5 @@ def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]
     )
     masked_TB, both_TB = count_masked(mask_TBP, object_BP, patch_pixels)
     bad_B = (~is_finite(relevance_BP)).long()
-    # the order that `measure` takes apart
+    # `measure` splits the rows in this order
     return torch.cat([bad_B[None], object_BP.sum(dim=1)[None], masked_TB, both_TB])

@@ -1,4 +1,4 @@
-"""Which images of a packed set the CAM is measured on: those of the classes that have a mask."""
+"""Selects the images of a packed set to measure the CAM on: by class, among those with a mask."""
 
 import logging
 from dataclasses import dataclass
@@ -37,11 +37,11 @@ def select(
 ) -> Selection:
     """Choose the images to measure.
 
-    The choice by chance goes over the sorted keys, so it is the same however the set was packed.
+    Random choices are drawn from the sorted keys, so they do not depend on how the set was packed.
 
     Raises:
-        ValueError: if the set has other classes than ImageNet's, no image has a mask, or fewer have
-            one than are asked for.
+        ValueError: if the set has other classes than ImageNet's, no image has a mask, or fewer
+            images than `samples` have one.
     """
     candidates = np.arange(len(packed))
     if classes == "restricted":
@@ -55,17 +55,17 @@ def select(
     if not found:
         raise ValueError(
             f"no mask below {masks} belongs to any of the {len(keys):,} images; the first image's "
-            f"would be {masks}/{keys[0]}{SUFFIX}, or lie there under the image's own path"
+            f"would be {masks}/{keys[0]}{SUFFIX}, or have the image's own path below that folder"
         )
     if samples > len(found):
         raise ValueError(
-            f"--samples asks for {samples:,} images, only {len(found):,} of the "
-            f"{len(keys):,} have a mask below {masks}"
+            f"--samples is {samples:,}, but only {len(found):,} of the {len(keys):,} images have a "
+            f"mask below {masks}"
         )
-    # by key, not by sample number, which depends on how the set was packed
+    # by key, because sample numbers depend on how the set was packed
     chosen = sorted(found)
     if samples:
-        # a permutation, so that a larger choice of one seed contains the smaller ones
+        # a permutation, so that a larger choice contains the smaller ones of the same seed
         order = rng.numpy_generator(seed, "localisation").permutation(len(chosen))
         chosen = [chosen[place] for place in order[:samples]]
     paths = {sample_of[key]: found[key] for key in chosen}
@@ -74,17 +74,17 @@ def select(
 
 
 def require_imagenet(packed: PackedDataset) -> None:
-    """Check that a set has ImageNet's classes: RESTRICTED counts their places.
+    """Check that a set has ImageNet's classes, because RESTRICTED has indices of these.
 
     Raises:
-        ValueError: naming the first class that is a different one.
+        ValueError: naming the first different class.
     """
     imagenet = LabelSpace.imagenet().classes
     try:
         warnings = compare(packed.manifest.label_space, packed.url, imagenet, "ImageNet-1k")
     except ValueError as error:
         raise ValueError(
-            f"--classes restricted names some of ImageNet's classes, but {error}; use --classes all"
+            f"--classes restricted needs ImageNet's classes, but {error}; use --classes all"
         ) from error
     for warning in warnings:
         log.warning(warning)

@@ -1,8 +1,8 @@
 """Object masks from any segmenter: PNG files that are found by their names.
 
-A mask belongs to the sample whose key it is called by. Keys are made of an image's path (see
-`rft.shards.keys.make_keys`), so masks may lie under the images' own paths
-(`n01440764/n01440764_10026.png`), in one folder, or anywhere below the folder that is named.
+The name of a mask is the key of its sample. Keys are made from image paths (see
+`rft.shards.keys.make_keys`), so masks may have the paths of their images
+(`n01440764/n01440764_10026.png`), or be in one folder, or anywhere below the given folder.
 """
 
 import hashlib
@@ -25,32 +25,32 @@ SUFFIX = ".png"
 
 
 class ObjectMask(NamedTuple):
-    """One object mask as the model's input shows it, and the hash of its file."""
+    """One object mask, cropped like the model's input, and the hash of its file."""
 
     pixels_HW: np.ndarray  # bool
     sha256: bytes
 
 
 def find_masks(folder: Path, keys: Sequence[str]) -> dict[str, Path]:
-    """Find the masks of the named samples below a folder; some may have none.
+    """Find the masks of the samples with these keys below a folder; some may have none.
 
     Raises:
-        ValueError: if there is no such folder, two samples have one key, or two files may be the
-            mask of one sample.
+        ValueError: if the folder does not exist, two samples have the same key, or two files match
+            one sample.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder of masks at {folder}")
-    # a count and a set of keys in one
+    # counts the keys, and serves as the set of them below
     wanted = Counter(keys)
     if twice := [key for key, count in wanted.items() if count > 1]:
-        raise ValueError(f"several samples have the key {twice[0]!r}: whose is a mask called that?")
+        raise ValueError(f"several samples have the key {twice[0]!r}: its mask would be ambiguous")
     found: dict[str, Path] = {}
     for path in _png_files(folder):
         for key in _keys_of(path.relative_to(folder)) & wanted.keys():
             if key in found:
                 raise ValueError(
-                    f"{found[key]} and {path} may both be the mask of sample {key!r}; name the "
-                    f"folder of this set's masks alone"
+                    f"{found[key]} and {path} may both be the mask of sample {key!r}; --masks must "
+                    f"be a folder with the masks of this set only"
                 )
             found[key] = path
     return found
@@ -59,24 +59,24 @@ def find_masks(folder: Path, keys: Sequence[str]) -> dict[str, Path]:
 def read_mask(
     path: Path, source: tuple[int, int], size: int, border: int = 0, max_pixels: float = MAX_PIXELS
 ) -> ObjectMask:
-    """Read a mask and cut it as its image was cut.
+    """Read a mask and crop it like its image.
 
     Args:
         path: a PNG of one channel: 0 outside the object, and one other value (1 or 255) on it.
         source: width and height of the image that the sample was made from; own photos are turned
             upright first. A mask has this size, or is already the square that the model sees.
         size: side of the model's input in pixels.
-        border: pixels that are cut off each side of the image first.
-        max_pixels: millions of pixels that a mask may have.
+        border: pixels that are first cut off each side of the image.
+        max_pixels: limit of a mask, in millions of pixels.
 
     Raises:
-        ValueError: naming the file, if it is no such PNG or has another size.
+        ValueError: naming the file, if it is not such a PNG or has a different size.
     """
-    # read whole, because the hash is of the file and not of the pixels
+    # the complete file, because the hash is of the file and not of the pixels
     data = files.read_bytes(str(path), int(BYTES_PER_PIXEL * max_pixels * 1e6))
     image = _binary(data, path, max_pixels)
     if image.size == source:
-        # nearest: any other resampling makes values between object and background
+        # nearest, because any other resampling mixes object and background
         image = clip_square(image, size, border, Image.Resampling.NEAREST)
     elif image.size != (size, size):
         width, height = source
@@ -91,7 +91,7 @@ def read_mask(
 
 def _png_files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
-        # in place, because os.walk follows this list; file systems list folders in any order
+        # sorted in place, because os.walk follows this list, and file systems have no order
         folders.sort()
         for name in sorted(names):
             if name.lower().endswith(SUFFIX):
@@ -99,10 +99,10 @@ def _png_files(folder: Path) -> Iterator[Path]:
 
 
 def _keys_of(path: Path) -> set[str]:
-    """Derive the keys that the sample of a mask may have from its path: all of it or its end.
+    """Derive the possible keys of a mask's sample from its path, or from any end of the path.
 
-    rft joins folder and name by "_" where names alone are not different; shards that other code
-    made may have "/" in their keys.
+    rft joins folder and name by "_" if names alone are not unique. Third-party shards may have "/"
+    in their keys.
     """
     *folders, stem = path.with_suffix("").parts
     keys = set()
@@ -119,19 +119,19 @@ def _binary(data: bytes, path: Path, max_pixels: float) -> Image.Image:
     image = open_image(data, str(path), max_pixels, formats=("PNG",))
     with pillow_errors(str(path)):
         values = np.asarray(image)
-    # of a palette these are the numbers; of modes LA, RGB and RGBA a third dimension
+    # a palette image gives its indices; modes LA, RGB and RGBA have a third dimension
     if values.ndim != 2:
         raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")
     on_HW = values > 0
     if image.mode == "P":
         colours_HWC = np.asarray(image.convert("RGB"))
-        # one colour for all numbers has no meaning; Pillow writes it where no palette was given
+        # a palette of one colour has no meaning; Pillow writes it if none was given
         coloured = np.ptp(colours_HWC, axis=(0, 1)).any()
         if coloured and (colours_HWC.any(axis=2) != on_HW).any():
             raise ValueError(
-                f"{path} has a palette that is not black where its numbers are 0, or black where "
-                "they are not, so a viewer shows a different object; save it without a palette: "
-                "Image.fromarray(np.asarray(image)) keeps the numbers"
+                f"{path} has a palette whose black is not index 0 alone, so a viewer shows a "
+                "different object; save it without a palette: Image.fromarray(np.asarray(image)) "
+                "keeps the indices"
             )
     if not (values[on_HW] == values.max()).all():
         raise ValueError(f"{path} is not binary; a mask has 0 and one other value, on the object")

@@ -1,7 +1,7 @@
-"""Counts and predictions of a checkpoint on disk: whether they are of these weights and sets.
+"""Reads and writes the results of a checkpoint, and checks that they belong to weights and sets.
 
-Results belong to weights: a file of counts names the hash of the weights that they were counted
-with, and counts of other weights are as good as none.
+results.json has the hash of the weights that its counts were measured with. Counts of other weights
+are ignored.
 """
 
 import logging
@@ -30,32 +30,33 @@ class Counted(Protocol):
 
     @property
     def path(self) -> Path:
-        """The run folder or weights file whose results they are."""
+        """The run folder or weights file that the results belong to."""
         ...
 
     @property
     def sha256(self) -> str:
-        """What identifies its weights."""
+        """Identity of its weights."""
         ...
 
     @property
     def state_of_run(self) -> str:
-        """How far its run is, for a line of output; empty if it has ended."""
+        """Progress of its run, for a line of output; empty if it has ended."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """Identify the weights in a document of results."""
+        """Make the entries of a document of results that identify the weights."""
         ...
 
 
 class Evaluated(NamedTuple):
-    """What a checkpoint predicts for a packed set."""
+    """The predictions of a checkpoint for a packed set, and the facts recorded beside them."""
 
     predicted: Predicted
     manifest_sha256: str
     temperature: Temperature | str | None = None
-    """Fitted on held-out images; or why it was not, where one was asked for."""
+    """Fitted on held-out images; the reason if it was requested but not fitted."""
     seen: int = 0
+    """Images of the set that the model was trained on."""
     score: Score = "top1"
     ood: bool = False
 
@@ -67,10 +68,10 @@ def is_current(
     logits: bool = False,
     temperature: bool = False,
 ) -> bool:
-    """Whether the records belong to these weights and are of these sets, all of each.
+    """Whether the recorded results are complete and belong to the current weights and these sets.
 
-    Files of predictions, and of `logits` if they are wanted, are compared by their hash; a
-    `temperature` that is wanted must be there, or why there is none.
+    Files of predictions, and of `logits` if requested, are compared by their hash. A requested
+    `temperature`, or the reason why none was fitted, must be recorded.
     """
     recorded = current_results(checkpoint)
     counts = recorded.sets if recorded else {}
@@ -89,20 +90,20 @@ def _is(path: Path, sha256: str | None) -> bool:
 
 
 def write_results(one: Counted, sets: Mapping[str, Evaluated]) -> None:
-    """Record what one checkpoint predicts, and print its accuracies.
+    """Write the predictions and counts of one checkpoint, and print its accuracies.
 
-    results.json comes last: a file of predictions counts only once that names its hash.
+    results.json is written last: a file of predictions is valid only if its hash is recorded there.
 
     Raises:
-        ValueError: if its weights were replaced since they were loaded.
+        ValueError: if the weights were replaced after they were loaded.
     """
     record = one.record()
-    # None for counts of other weights, which are dropped
+    # counts of other weights are dropped
     earlier = current_results(one.path)
     if earlier and earlier.checkpoint_sha256 != one.sha256:
         earlier = None
     counts = {name: _write(one.path, name, found) for name, found in sets.items()}
-    # what an earlier call counted for the same weights stays
+    # counts of the same weights from an earlier call are kept
     results = Results(**record, sets={**(earlier.sets if earlier else {}), **counts})
     files.write_json(str(results_path(one.path)), asdict(results))
     shares = (f"{name} {in_words(count)}" for name, count in counts.items())
@@ -112,7 +113,7 @@ def write_results(one: Counted, sets: Mapping[str, Evaluated]) -> None:
 def record_seen(checkpoint: Path, seen: Mapping[str, int]) -> None:
     """Record how many images of each set a model was trained on, in results that are current.
 
-    A number that is known stays where the training set is not there to be compared any more.
+    `seen` has no entry if the training set is no longer available; then the old number is kept.
     """
     results = current_results(checkpoint)
     counts = results.sets if results else {}
@@ -123,7 +124,7 @@ def record_seen(checkpoint: Path, seen: Mapping[str, int]) -> None:
 
 
 def warn_of_no_temperature(checkpoints: Sequence[Path], sets: Sequence[str]) -> None:
-    """Warn of the checkpoints whose results say that no temperature was fitted, for each reason."""
+    """Warn of checkpoints without a fitted temperature, with one warning per reason."""
     without: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
         results = current_results(checkpoint)
@@ -138,17 +139,17 @@ def warn_of_no_temperature(checkpoints: Sequence[Path], sets: Sequence[str]) -> 
 
 
 def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
-    """Write the files of a set; return what results.json has of it."""
+    """Write the files of a set; return its entry for results.json."""
     data = found.predicted.predictions.to_bytes()
     files.write_bytes(str(predictions.path_of(checkpoint, name)), data)
     path = predictions.logits_path_of(checkpoint, name)
     if (logits_NK := found.predicted.logits_NK) is not None:
-        # straight to the disk: of a large set they are gigabytes
+        # written straight to the disk, because the logits of a large set are gigabytes
         with files.publish(str(path)) as scratch, scratch.open("wb") as stream:
             np.save(stream, logits_NK)
         half_sha256 = files.sha256_file(path)
     else:
-        # those of an earlier call are of other predictions, or the same that are there
+        # an earlier call may have kept logits of the same predictions
         half_sha256 = _kept_logits(checkpoint, name, files.sha256_bytes(data))
     return SetCount(
         **asdict(found.predicted.count),
@@ -164,7 +165,7 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
 
 
 def _kept_logits(checkpoint: Path, name: str, predictions_sha256: str) -> str | None:
-    """Return the hash of the logits that an earlier call kept for the same predictions."""
+    """Look up the hash of the logits that an earlier call kept for the same predictions."""
     earlier = current_results(checkpoint)
     count = earlier.sets.get(name) if earlier else None
     return count.logits_sha256 if count and count.predictions_sha256 == predictions_sha256 else None

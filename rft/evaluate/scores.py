@@ -1,4 +1,4 @@
-"""The number that a packed set is known by, where that is another than the share of right images.
+"""The score of a packed set, if it is not the share of right images.
 
 Shapes: N images.
 """
@@ -15,7 +15,7 @@ from rft.statistics.accuracy import mean_of_groups, per_group, worst_group
 
 @dataclass(frozen=True)
 class Scored:
-    """A set's own number, in the fields of a count (`rft.runs.records.SetCount`)."""
+    """The score of a set, in the fields of a count (`rft.runs.records.SetCount`)."""
 
     score: Score
     value: float | None = None
@@ -23,7 +23,7 @@ class Scored:
 
 
 def score_of(predictions: Predictions, score: Score) -> Scored:
-    """Compute the score of a set from what a model predicts for all of its images."""
+    """Compute the score of a set from a model's predictions for all of its images."""
     if score == "top1":
         return Scored(score)
     group_N = predictions.label if score == "mean-per-class" else predictions.domain
@@ -37,7 +37,7 @@ def score_of(predictions: Predictions, score: Score) -> Scored:
 
 
 def in_words(count: SetCount) -> str:
-    """Write top-1 in percent, and the set's own score behind it, if that is another."""
+    """Format top-1 in percent, followed by the set's own score if that is a different one."""
     top1 = f"{100 * count.correct / count.total:.2f}"
     if count.value is None:
         return top1

@@ -1,8 +1,8 @@
-"""The temperature that makes a model's confidences match its accuracy, from held-out images.
+"""Fits the temperature that makes a model's confidences match its accuracy, on held-out images.
 
-It is fitted on images that the model was not trained on and that are no test images: those that its
-training held out to select the checkpoint. Weights carry which images these are
-(`rft.runs.trained_on`), through merges too.
+The images must be neither training nor test images, so they are those that the model's training
+held out to select the checkpoint. The weights record which images these are
+(`rft.runs.trained_on`), also after a merge.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,37 +28,37 @@ from rft.storage import files
 
 
 def held_out_of(path: Path, metadata: Mapping[str, str]) -> TrainedOn:
-    """Return which images may set the temperature of a model with weights of such metadata.
+    """Find the held-out images of a model, from its folder and the metadata of its weights.
 
     Raises:
         ValueError: if there are none.
     """
-    # whatever was trained on, what was held out is new to the model
+    # held-out images are new to the model, whatever its number of shots
     seen = {found._replace(shots=0) for found in of_model(path, metadata)}
     if not seen:
         return _of_untrained(path)
     if len(seen) > 1:
         raise ValueError(
-            "its trainings held different images out, so none of them is new to it; train its "
-            "models with one --split-seed"
+            "its trainings held out different images, so none is new to the model; train all of "
+            "them with the same --split-seed"
         )
     (found,) = seen
     if found.held_out == 0:
         raise ValueError(
-            "its training held no images out (--loader.held-out 0), or was one of an older rft"
+            "its training held out no images (--loader.held-out 0), or ran with an older rft"
         )
     return found
 
 
 def _of_untrained(path: Path) -> TrainedOn:
-    """Return what the run of a model that saw no image holds out: a zero-shot run has a split."""
+    """Find the split in the configuration of a zero-shot run, whose model has seen no image."""
     config = records.find_config(path)
     training = records.find(path / filenames.TRAINING, records.Training)
     if config is None or not config.is_training or not training or not training.manifest_sha256:
         raise ValueError("it is not a run of rft.train, so it names no held-out images")
     own = load_config(path)
     if own.loader.held_out == 0:
-        raise ValueError("its run holds no images out (--loader.held-out 0)")
+        raise ValueError("its run holds out no images (--loader.held-out 0)")
     return TrainedOn(
         own.train_set, training.manifest_sha256, own.loader.held_out, own.held_out_seed
     )
@@ -75,14 +75,14 @@ def fit_temperatures(
     batch_size: int,
     workers: int,
 ) -> list[Temperature | str]:
-    """Fit the temperature of each model, in one pass for those with the same held-out images.
+    """Fit the temperature of each model, in one pass for models with the same held-out images.
 
-    For a model that has no such images, or that no temperature fits best, the reason; the same on
-    every rank.
+    The result is a reason instead, if a model has no such images or no temperature fits best. It is
+    the same on every rank.
 
     Raises:
-        ValueError: if a training set is absent below `data`, has other images than the model's, or
-            holds an image of an OOD test set.
+        ValueError: if a training set is missing below `data`, is not the one of the model, or
+            contains an image of an OOD test set.
     """
     splits: dict[TrainedOn, list[int]] = {}
     found: list[Temperature | str] = [""] * len(models)
@@ -122,11 +122,11 @@ def fit_on(
 ) -> list[Temperature | str]:
     """Fit the temperature of each model on the held-out images of one split, in one pass.
 
-    As `fit_temperatures`, but the images need not be those that a model's own training held out.
+    Like `fit_temperatures`, but the split need not be that of a model's own training.
 
     Raises:
-        ValueError: if the training set is absent below `data`, has other images than the split's,
-            or holds an image of an OOD test set.
+        ValueError: if the training set is missing below `data`, is not the one of the split, or
+            contains an image of an OOD test set.
     """
     packed = training_set(split, loaded[0].path, data, max_pixels, "leave --temperature out")
     index = packed.index
@@ -166,22 +166,22 @@ def training_set(
     """Open the packed set that a model was trained on.
 
     Args:
-        split: what the model has seen.
+        split: the record of the set.
         path: the model, for messages.
         data: the data root.
-        max_pixels: millions of pixels that an image may have.
-        otherwise: what else the user may do, for messages.
+        max_pixels: limit of an image, in millions of pixels.
+        otherwise: an alternative for the user, for messages.
 
     Raises:
-        ValueError: if the set is absent below `data`, has other images than the split's, or holds
-            an image of an OOD test set.
+        ValueError: if the set is missing below `data`, is not the one of the split, or contains an
+            image of an OOD test set.
     """
     url = files.join(data, split.name)
     packed = PackedDataset(url, max_pixels=max_pixels)
     if packed.manifest.sha256 != split.manifest_sha256:
         raise ValueError(
-            f"{path} held images of a different {split.name} out (manifest "
-            f"{split.manifest_sha256[:12]}) than {url} has ({packed.manifest.sha256[:12]}); "
+            f"{path} held out images of a different {split.name} (manifest "
+            f"{split.manifest_sha256[:12]}) than {url} ({packed.manifest.sha256[:12]}); "
             f"name its --data, or {otherwise}"
         )
     require_no_test_images(data, split.name, packed.manifest, packed.index.key)
@@ -189,7 +189,7 @@ def training_set(
 
 
 def _fit(logits_NK: np.ndarray | None, label_N: np.ndarray) -> float | str | None:
-    """Return the temperature, or why there is none; None on ranks that have no logits."""
+    """Fit the temperature, or return the reason for none; None on ranks without logits."""
     if logits_NK is None:
         return None
     try:

@@ -1,8 +1,8 @@
 """Averages that are evaluated without writing their weights: `--wise` and `--soup`.
 
-Each has a run folder as `rft.merge` makes it, less the weights: the same config.json, and results
-that name the hash of the very file that `rft.merge` would write. So the same merge, made later or
-earlier in that folder, finds them current.
+Each gets the run folder that `rft.merge` would make, without the weights. It has the same
+config.json, and its results have the hash of the file that `rft.merge` would write. So these
+results are current for the same merge in that folder, whether it is made earlier or later.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ from rft.storage import files
 
 @dataclass(frozen=True)
 class Unwritten:
-    """An average, and the run folder that its results go to."""
+    """An average, and the run folder for its results."""
 
     path: Path
     average: Average
 
 
-# what is evaluated: a run folder, a weights file, or an average of some
+# a model to evaluate: a run folder, a weights file, or an average of several
 System = Path | Unwritten
 
 
 def path_of(system: System) -> Path:
-    """Return the run folder or weights file that results are kept in or beside."""
+    """Return the run folder or weights file in or beside which the results are kept."""
     return system if isinstance(system, Path) else system.path
 
 
 def header_of(system: System) -> Saved:
-    """Return what is known of a system's weights before they are read; tensors are mapped."""
+    """Read the header of a system's weights; tensors are mapped, not read."""
     if isinstance(system, Path):
         return map_state(checkpoint_path(system))
-    # all ingredients have tensors of the same shapes and types
+    # all models of an average have tensors of the same shapes and types, so one is enough
     return system.average.saved(system.average.models[0].saved.state)
 
 
@@ -50,24 +50,24 @@ def read_averages(
     end_weights: EndWeights,
     parts: Parts = "all",
 ) -> list[System]:
-    """Return the averages that options name; one that is merged already is its run folder.
+    """Prepare the averages of --wise and --soup; those already merged become their run folders.
 
     Args:
         wise: START, END and alphas of each --wise.
         soups: the models of each --soup.
-        out: the folder of their run folders.
-        end_weights: of each END.
-        parts: of each WiSE model, what is interpolated.
+        out: the folder for their run folders.
+        end_weights: which weights of each END are averaged.
+        parts: which parts of each WiSE model are interpolated.
 
     Raises:
-        ValueError: if an option is malformed, models cannot be averaged, two averages have one
-            name, or a folder holds another model.
+        ValueError: if an option is malformed, models cannot be averaged, two averages have the same
+            name, or a folder holds a different model.
     """
     if parts != "all" and not wise:
-        raise ValueError(f"--parts {parts} is what --wise interpolates; name one")
+        raise ValueError(f"--parts {parts} needs --wise START END A...")
     if not wise and not soups:
         if out is not None:
-            raise ValueError("--out is the folder for results of --wise and --soup; name one")
+            raise ValueError("--out needs --wise or --soup: it is the folder for their results")
         return []
     if out is None:
         raise ValueError("--wise and --soup need --out DIR, the folder for their results")
@@ -79,8 +79,8 @@ def read_averages(
         if first.setdefault(one.name, one) is not one:
             models = (_models(same) for same in (first[one.name], one))
             raise ValueError(
-                f"two systems are called {one.name}: of {' and of '.join(models)}; evaluate them "
-                "by two commands, each with an --out of its own"
+                f"two averages are called {one.name}: of {' and of '.join(models)}; evaluate them "
+                "with two commands and different --out"
             )
     systems = [_system(out / one.name, one) for one in found]
     for first_of_path, *_ in paths:
@@ -93,7 +93,7 @@ def _models(one: Average) -> str:
 
 
 def _wise(words: Sequence[str], end_weights: EndWeights, parts: Parts) -> list[Average]:
-    """Return the averages of one --wise."""
+    """Parse one --wise and prepare its averages."""
     if len(words) < 3 or "" in words:
         raise ValueError("--wise takes START END and one or more alphas, such as 0.25 0.5 0.75")
     start, end, *texts = words
@@ -103,8 +103,8 @@ def _wise(words: Sequence[str], end_weights: EndWeights, parts: Parts) -> list[A
             alphas.append(float(text))
         except ValueError:
             raise ValueError(
-                f"--wise takes START END and alphas, but {text!r} is no number; models to evaluate "
-                "as they are come before it"
+                f"--wise takes START END and alphas, but {text!r} is not a number; models to "
+                "evaluate unmerged come before --wise"
             ) from None
     for path in (start, end):
         files.require_local(path, "--wise")

@@ -1,1 +1,1 @@
-"""From run folders to a table, three pictures and one page. Reads files only; no torch."""
+"""Makes tables, pictures and one page from run folders. Reads files only; no torch."""

@@ -1,4 +1,4 @@
-"""What should stop a reader: training images in a test set, lost accuracy, collapse. Pure."""
+"""Alarms of a report: training images in a test set, lost accuracy, collapse. Pure."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,18 +8,18 @@ from rft.report.tables import Row, columns, heading, is_average, pair_of, target
 from rft.text import printable
 
 BASELINE = "zero-shot"
-# Of the classes that the images have, as many are predicted at least. A good model predicts nearly
-# all, and one that has collapsed to the most frequent class, one.
+# A model with this share of the images' classes among its predictions, or less, has collapsed. Good
+# models predict nearly all classes, and one that collapsed to the most frequent class predicts one.
 PREDICTED_SHARE = 0.5
 
 
 def of_report(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> list[str]:
-    """Return the alarms of a report's runs and rows."""
+    """Collect the alarms of a report's runs and rows, as sentences."""
     return [*_seen(runs), *_lost(rows, measures), *_collapsed(rows, measures)]
 
 
 def _seen(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the test sets with images that a model was trained on, as its evaluation found."""
+    """Find test sets with images that a model was trained on, as its evaluation recorded."""
     found: dict[tuple[str, int, int], dict[str, None]] = {}
     for run in runs:
         for name, count in run.counts.items():
@@ -28,12 +28,12 @@ def _seen(runs: Sequence[Run]) -> Iterator[str]:
     for (name, seen, total), rows in found.items():
         yield (
             f"{seen:,} of the {total:,} images of {printable(heading(name))} were in the training "
-            f"set of {', '.join(rows)}: this accuracy is too good. Take them out and pack again."
+            f"set of {', '.join(rows)}: this accuracy is too high. Remove them and pack again."
         )
 
 
 def _lost(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
-    """Yield the rows that are significantly worse than zero-shot, in the report's main column."""
+    """Find rows that are significantly worse than zero-shot, in the report's main column."""
     column = target(rows)
     for row in rows:
         pair = None if row.name == BASELINE else pair_of(measures, row.name, BASELINE, column)
@@ -49,10 +49,10 @@ def _lost(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
 
 
 def _collapsed(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
-    """Yield the rows and sets whose predictions have few of the classes that the images have."""
+    """Find rows that predict only few of the classes of a set."""
     for name in (one for one in columns(rows) if not is_average(one)):
         classes = measures.classes.get(name)
-        # of one class nothing can collapse
+        # predictions of a single class cannot collapse
         if classes is None or len(classes.label_K) < 2:
             continue
         for row in rows:
@@ -63,6 +63,6 @@ def _collapsed(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
             if predicted <= PREDICTED_SHARE * there:
                 yield (
                     f"{row.name} collapsed on {heading(name)}: it predicts {predicted:,} of "
-                    f"{there:,} classes. Look at the accuracy of each class; are some of them far "
-                    "more frequent than others in the training set?"
+                    f"{there:,} classes. Check the accuracy of each class, and whether some are "
+                    "far more frequent than others in the training set."
                 )

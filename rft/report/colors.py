@@ -1,14 +1,14 @@
-"""Colours that can be read on a light and on a dark ground. Pure."""
+"""Colours that are legible on a light and on a dark background. Pure."""
 
 from matplotlib.colors import to_hex, to_rgb
 
 LIGHT, DARK = "#ffffff", "#16191d"
-"""The grounds of the page."""
-LEGIBLE = 4.5  # contrast of text with its ground (WCAG 2.2, level AA)
+"""The backgrounds of the page."""
+LEGIBLE = 4.5  # contrast of text with its background (WCAG 2.2, level AA)
 
 
 def contrast(one: str, two: str) -> float:
-    """Return the contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
+    """Compute the contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
     low, high = sorted((_luminance(one), _luminance(two)))
     return (high + 0.05) / (low + 0.05)
 
@@ -19,7 +19,7 @@ def _luminance(color: str) -> float:
 
 
 def legible(color: str, ground: str) -> str:
-    """Return a colour as it is, or mixed with black or white until it is legible on a ground."""
+    """Mix a colour with black or white as far as it needs to be legible on a background."""
     end = 0.0 if contrast("#000000", ground) > contrast("#ffffff", ground) else 1.0
     red, green, blue = to_rgb(color)
     for tenth in range(11):

@@ -16,31 +16,32 @@ log = logging.getLogger(__name__)
 
 @document(name="--")
 class Arguments:
-    """Put evaluated runs side by side: tables, pictures, one self-contained page.
+    """Compare evaluated runs in tables, pictures and one self-contained page.
 
-    Runs of one recipe that differ in nothing but the seed become one row, mean and spread. Every
-    run must have been evaluated (python -m rft.evaluate), all of them on the same packed sets.
+    Runs of one recipe that differ only in the seed become one row with mean and spread. Every run
+    must have been evaluated (python -m rft.evaluate), all on the same packed sets.
 
     Example:
     python -m rft.report runs --out report
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, or folders that hold them at any depth; each run needs a results.json."""
+    """Run folders, or folders that contain them at any depth; each run needs a results.json."""
     out: Path
-    """Folder for index.html with everything, and each table and picture on its own."""
+    """Folder for index.html, which has everything, and for single tables and pictures."""
     testbed: Path | None = None
     """CSV file of other models, for effective robustness: columns model, id and ood, in %."""
     data: str = ""
     """Data root as for rft.evaluate, to show the images that were gained and lost."""
     chosen: Path | None = None
-    """The run folder that was chosen without test images (`rft choose`): it is named first."""
+    """The run folder that was chosen without test images (`rft choose`); it is listed first."""
     max_pixels: Megapixels = MAX_PIXELS
-    """Millions of pixels that such an image may have; raise it if a set was packed so."""
+    """Limit of such an image, in millions of pixels; raise it if a set was packed with a higher
+    one."""
 
 
 def main() -> None:
-    """Parse, read, write, print the tables and the page's path last."""
+    """Write the report, and print its tables and, last, the path of the page."""
     arguments = cli.parse(Arguments, prog="rft.report")
     report = write_report(
         arguments.runs,
@@ -54,13 +55,13 @@ def main() -> None:
     if console.is_terminal:
         show(report, console)
     else:
-        # rich would fold the tables of a pipe at 80 columns
+        # rich would wrap tables at 80 columns in a pipe
         print(report.text())
     for alarm in report.summary.alarms:
         log.warning(alarm)
-    # which of several to use is not for test images to say (rft choose)
+    # with several models no use is suggested: test images must not choose one (rft choose)
     trained = [run for run in report.runs if run.recipe != "zero-shot"]
     if len(trained) == 1:
         cli.say_next(next_steps.use(str(trained[0].path)))
-    # the last line of the output: a script can take the path from there
+    # the path is the last line of the output, so that scripts can read it there
     cli.say(f"{arguments.out / 'index.html'}")

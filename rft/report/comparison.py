@@ -1,4 +1,4 @@
-"""Our rows and the paper's, one above the other, and whether they come in the same order. Pure."""
+"""Our rows above the paper's, and the rank correlation of the two. Pure."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from rft.report.tables import (
     heading,
 )
 
-MIN_RANKED = 3  # the order of fewer rows says nothing
+MIN_RANKED = 3  # the order of fewer rows is meaningless
 HERE, PAPER = "here", "paper"
 
 
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """The table beside the paper's."""
+    """The comparison with the paper."""
 
     pairs: list[Pair]
     text: TextTable
@@ -41,10 +41,10 @@ class Beside(NamedTuple):
 def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     """Pair every row of Tables 1 and 3 for the runs' CLIP with ours.
 
-    None if no recipe was run that the paper has, on a set that it has, or the runs are of CLIPs
-    that belong to different rows of Table 3. A merged model does not say which CLIP it is of; the
-    others do. The miniature's CLIP stands for both of the paper's. A recipe with several settings
-    has a pair for each.
+    None if no recipe of the paper was evaluated on a set of the paper, or if the runs' CLIPs belong
+    to different rows of Table 3. A merged model does not record its CLIP; the others do. The
+    miniature's CLIP stands for both CLIPs of the paper. A recipe with several settings has a pair
+    for each.
     """
     clips = sorted({run.clip for run in runs} - {""})
     models = {model_name(clip) for clip in clips} or {model_name("")}
@@ -52,27 +52,27 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
         return None
     (model,) = models
     scales = {run.config.scale for run in runs}
-    # an unfinished run has a name of its own here and pairs with no row of the paper
+    # the name of an unfinished run differs from its recipe, so it pairs with no row of the paper
     ours: dict[str, list[Row]] = {}
     for row in rows:
         if row.cells.keys() & set(COLUMNS):
             ours.setdefault(row.recipe, []).append(row)
     theirs = all_published() if "miniature" in scales else published(model)
     pairs = [Pair(row, own) for row in theirs for own in ours.get(row.recipe, [None])]
-    # as in the result table; in the paper's lists, rows that only ViT-B/16 has come last
+    # ordered like the result table; in rft.paper, rows that only ViT-B/16 has come last
     pairs.sort(key=lambda pair: tables.order(pair.published.recipe))
     if all(pair.ours is None for pair in pairs):
         return None
     named = f"{model}, here {', '.join(clips)}" if clips else model
     parts = [*_caption(pairs, named, scales), tables.precisions(rows).strip()]
     caption = " ".join(part for part in parts if part)
-    # to the left: cells with a spread are longer, and only the part before it lines up
+    # left-aligned: cells with a spread are longer, and only the numbers before it line up
     text = TextTable(caption, ["", *map(heading, COLUMNS)], text_lines(pairs), justify="left")
     return Beside(pairs, text)
 
 
 def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
-    """Explain the numbers, and warn of comparisons that they do not allow."""
+    """Explain the numbers, and warn against invalid comparisons."""
     numbers = sorted({number for pair in pairs for number in pair.published.tables})
     where = f"Table{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
     parts = [
@@ -84,11 +84,11 @@ def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
             "Ours are the miniature world's: compare their order with the paper's, "
             "never their levels."
         )
-    elif scales - {"paper"}:  # "small": photos of one's own
+    elif scales - {"paper"}:  # "small": own photos
         parts.append(
             "Ours are of another training set: compare their order with the paper's, not levels."
         )
-    # each of the paper's models has such rows, so the sentence is never empty
+    # every model of the paper has rows with a note, so the sentence is never empty
     notes = dict.fromkeys(f"{row.recipe} is {row.note}" for row, _ in pairs if row.note)
     parts.append(f"In the paper, {', and '.join(notes)}.")
     if (found := rank_correlation(pairs)) is not None:
@@ -99,11 +99,10 @@ def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
 
 
 def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
-    """Return Spearman's rank correlation of the OOD average here and in the paper, and of how many.
+    """Compute Spearman's rank correlation of the OOD averages with the paper's, and count the rows.
 
-    Equal averages share their rank. A recipe with several settings has no rank: the paper has one.
-    None for fewer than three rows, or where all averages of one side are equal and there is no
-    order.
+    Equal averages share their rank. A recipe with several settings is left out, because the paper
+    has one. None for fewer than three rows, or if all averages of one side are equal.
     """
     averages = [
         (ours.cells[OOD_COLUMN].mean, printed)
@@ -116,16 +115,16 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     if len(averages) < MIN_RANKED:
         return None
     here, paper = zip(*averages, strict=True)
-    # scipy returns NaN, with a warning, where one side is constant
+    # scipy would return NaN, with a warning, if one side is constant
     if len(set(here)) == 1 or len(set(paper)) == 1:
         return None
     return float(spearmanr(here, paper).statistic), len(averages)
 
 
 def text_lines(pairs: Sequence[Pair]) -> list[TextLine]:
-    """Return the lines of the table as text: two of a row, ours first, or the paper's alone.
+    """Format the lines of the table: ours and then the paper's, or the paper's alone.
 
-    Ours stand out. A row's name is on the first of its lines only.
+    Ours are emphasised. A row's name is on the first of its lines only.
     """
     lines = []
     for row, ours in pairs:
@@ -139,19 +138,19 @@ def text_lines(pairs: Sequence[Pair]) -> list[TextLine]:
 
 
 def _aligned(number: str) -> str:
-    """Return a number so that its point is below that of one with two digits before it."""
+    """Pad a number with one digit before its point to the width of one with two."""
     # no number is negative: the first letter is a digit
     return FIGURE_SPACE + number if number.find(".") == 1 else number
 
 
 def csv_text(table: Beside) -> str:
-    """Return the table as CSV, one line per row; absent numbers are empty."""
+    """Format the table as CSV, one line per row; missing numbers are empty."""
     headings = map(heading, COLUMNS)
     numbers = [text for name in headings for text in (name, f"{name} sd", f"{name} paper")]
     lines = [["recipe", "tables", "n", *numbers, "note"]]
     for row, ours in table.pairs:
         cells = {} if ours is None else ours.cells
-        # an absent number has two empty cells, mean and spread, so the columns stay
+        # a missing number has two empty cells, mean and spread, so that columns line up
         values: list[str] = []
         for name, printed in zip(COLUMNS, row.percent, strict=True):
             own = tables.csv_numbers(cells.get(name))

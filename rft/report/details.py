@@ -1,4 +1,4 @@
-"""Numbers that are made of predictions: per row and set, per pair of rows, per class. Pure."""
+"""Tables of the numbers from predictions: per row and set, per pair of rows, per class. Pure."""
 
 import math
 import re
@@ -36,9 +36,9 @@ from rft.statistics import calibration
 from rft.statistics.accuracy import Interval
 from rft.statistics.calibration import Bins
 
-CLASSES = 20  # of the largest gains, and of the largest losses
+CLASSES = 20  # number of largest gains, and of largest losses
 
-# heading, unit that a share is multiplied by, decimals
+# heading, factor of the unit, decimals
 SHOWN = {
     "top5": ("top-5", 100, 1),
     "per_class": ("per class", 100, 1),
@@ -52,15 +52,15 @@ assert SHOWN.keys() == set(Numbers._fields) - {"top1"}
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """Return the columns of which everything is shown: ID and OOD averages, or else the first."""
+    """Choose the columns that are shown in detail: ID and OOD averages, or else the first."""
     shown = columns(rows)
     return [name for name in shown if name == ID_COLUMN or is_average(name)] or shown[:1]
 
 
 def numbers(measures: Measures, row: str, column: str) -> list[Numbers]:
-    """Return a row's numbers in a column, of each seed; none without predictions.
+    """Look up the numbers of each seed of a row in a column; empty without predictions.
 
-    Those of an average are the unweighted means of its sets'.
+    The numbers of an average are unweighted means over its sets.
     """
     names = sets_of(column)
     of_sets = [measures.sets.get((row, name)) for name in names]
@@ -71,7 +71,7 @@ def numbers(measures: Measures, row: str, column: str) -> list[Numbers]:
 
 
 def interval(measures: Measures, row: str, column: str) -> Interval | None:
-    """Return the interval of a row's top-1 in a column, a share; None without predictions."""
+    """Look up the interval of a row's top-1 in a column, as shares; None without predictions."""
     if is_average(column):
         return measures.averages.get((row, column))
     found = measures.sets.get((row, column))
@@ -79,29 +79,29 @@ def interval(measures: Measures, row: str, column: str) -> Interval | None:
 
 
 def interval_percent(found: Interval | None) -> str:
-    """Return an interval in percent, as text."""
+    """Format an interval in percent."""
     return ABSENT if found is None else f"{100 * found.low:.1f} to {100 * found.high:.1f}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of texts: a heading for each column, and for each line its row and its cells."""
+    """A table as text: the headings of the columns, and the row and cells of each line."""
 
     header: list[str]
     lines: list[tuple[Row, list[str]]]
 
 
 def spread(seeds: Sequence[Numbers], name: str) -> Spread | None:
-    """Return one of a row's numbers in its unit; None if a seed lacks it (no temperature)."""
+    """Summarise one of a row's numbers in its unit; None if a seed lacks it (no temperature)."""
     values = [SHOWN[name][1] * getattr(one, name) for one in seeds]
     return None if any(map(math.isnan, values)) else summarise(values)
 
 
 def statistics_grid(rows: Sequence[Row], measures: Measures, column: str) -> Grid | None:
-    """Return what is shown of the rows in one column; None if no row has predictions."""
+    """Make the table of intervals and calibration of one column; None without predictions."""
     by_row = {row.name: numbers(measures, row.name, column) for row in rows}
     there = [row for row in rows if by_row[row.name]]
-    # temperatures are fitted if asked for
+    # scaled numbers exist only if a temperature was fitted
     shown = [name for name in SHOWN if any(spread(by_row[row.name], name) for row in there)]
     lines = []
     for row in there:
@@ -110,7 +110,7 @@ def statistics_grid(rows: Sequence[Row], measures: Measures, column: str) -> Gri
             found = spread(by_row[row.name], name)
             cells.append(ABSENT if found is None else found.text(SHOWN[name][2]))
         lines.append((row, cells))
-    # an average may be one of declared scores
+    # an average of declared scores has no interval and is not top-1
     of_images = any(interval(measures, row.name, column) for row in there)
     header = [
         "top-1" if of_images else "score",
@@ -121,7 +121,7 @@ def statistics_grid(rows: Sequence[Row], measures: Measures, column: str) -> Gri
 
 
 def statistics_csv(rows: Sequence[Row], measures: Measures) -> str:
-    """Return every number of every row in every column as CSV; top-1 and others are in percent."""
+    """Format every number of every row in every column as CSV; shares are in percent."""
     titles = [name for name in Numbers._fields if name != "top1"]
     header = ["recipe", "set", "images", "n", "top1", "top1 sd", "low", "high"]
     header += [text for title in titles for text in (title, f"{title} sd")]
@@ -143,7 +143,7 @@ def statistics_csv(rows: Sequence[Row], measures: Measures) -> str:
 
 
 def differences_csv(rows: Sequence[Row], measures: Measures) -> str:
-    """Return each row against each earlier one in every column as CSV, in points."""
+    """Format the differences of each row to each earlier one as CSV, in points."""
     lines = [
         [
             *("recipe", "against", "set", "difference", "low", "high", "p", "significant"),
@@ -182,7 +182,7 @@ class PairCell(NamedTuple):
 def matrix(
     rows: Sequence[Row], measures: Measures, column: str
 ) -> list[tuple[Row, list[PairCell]]]:
-    """Return each row minus each other in one column, for the rows that have predictions."""
+    """Make the table of each row minus each other in one column, of the rows with predictions."""
     kept = [row for row in rows[:COMPARED] if numbers(measures, row.name, column)]
     lines = []
     for row in kept:
@@ -191,7 +191,7 @@ def matrix(
             pair = pair_of(measures, row.name, other.name, column)
             cells.append(PairCell("", "") if pair is None else _pair_cell(pair))
         lines.append((row, cells))
-    # an average of declared scores has no pair
+    # an average of declared scores has no pairs
     return lines if any(cell.text for _, cells in lines for cell in cells) else []
 
 
@@ -203,7 +203,7 @@ def _pair_cell(pair: SetPair | AveragePair) -> PairCell:
 
 
 def flips_grid(rows: Sequence[Row], measures: Measures, reference: Row) -> Grid | None:
-    """Return how many images of each set each row gained and lost against the reference row."""
+    """Make the table of images that each row gained and lost against the reference row."""
     shown = [name for name in columns(rows) if name in measures.classes]
     lines = []
     for row in rows:
@@ -217,7 +217,7 @@ def flips_grid(rows: Sequence[Row], measures: Measures, reference: Row) -> Grid 
 
 
 class ClassChange(NamedTuple):
-    """One class, and how much better a row is at it than another."""
+    """The difference in accuracy of two rows on one class, in points."""
 
     name: str
     images: int
@@ -228,9 +228,9 @@ class ClassChange(NamedTuple):
 def class_changes(
     measures: Measures, row: str, other: str, column: str
 ) -> tuple[list[ClassChange], list[ClassChange]]:
-    """Return the classes that gained most and lost most, at most `CLASSES` each.
+    """Find the classes that gained most and lost most, at most `CLASSES` each.
 
-    For an average, a class's images of all its sets are counted together.
+    For an average, the images of a class in all its sets are counted together.
     """
     both = [
         name for name in sets_of(column) if {(row, name), (other, name)} <= measures.sets.keys()
@@ -255,14 +255,14 @@ def class_changes(
         name = of_sets[0].name_of(label)
         return ClassChange(name, int(images_K[place]), float(points_K[place]), label)
 
-    # of equal ones those with more images, then the first
+    # ties go to the class with more images, then to the first
     gains = [named(k) for k in np.lexsort((-images_K, -points_K))[:CLASSES] if points_K[k] > 0]
     losses = [named(k) for k in np.lexsort((-images_K, points_K))[:CLASSES] if points_K[k] < 0]
     return gains, losses
 
 
 def per_class_csv(rows: Sequence[Row], measures: Measures) -> str:
-    """Return the accuracy of each class of each set as CSV, in percent, a column for each row."""
+    """Format the accuracy of each class of each set as CSV, in percent, with a column per row."""
     lines = [["set", "class id", "class", "images", *(row.name for row in rows)]]
     for column in columns(rows):
         if (classes := measures.classes.get(column)) is None:
@@ -280,7 +280,7 @@ def per_class_csv(rows: Sequence[Row], measures: Measures) -> str:
 
 
 def diagrams(rows: Sequence[Row], measures: Measures) -> dict[tuple[str, str], Bins]:
-    """Return (row, column) -> its calibration diagram, for ID and for all OOD images together."""
+    """Map (row, column) to a calibration diagram, for ID and for all OOD images together."""
     found = {}
     for row in rows:
         if (one := measures.sets.get((row.name, ID_COLUMN))) is not None:
@@ -292,7 +292,7 @@ def diagrams(rows: Sequence[Row], measures: Measures) -> dict[tuple[str, str], B
 
 
 def tex(rows: Sequence[Row]) -> str:
-    """Return the result table as a LaTeX tabular, without packages."""
+    """Format the result table as a LaTeX tabular that needs no packages."""
     shown, winners = columns(rows), tables.best(rows)
     lines = [rf"\begin{{tabular}}{{l{'r' * len(shown)}}}", r"\hline"]
     lines.append(_tex_line(["", *map(tex_escape, map(heading, shown))]))
@@ -315,13 +315,13 @@ TEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    # as quotes, two of them would be one letter
+    # two of them would become a quotation mark
     "<": r"\textless{}",
     ">": r"\textgreater{}",
-    # at the beginning of a line, an option of the line break before it
+    # at the start of a line, they would be an option of the line break before
     "[": "{[}",
     "*": "{*}",
-    # two would be one letter, and to some languages of babel a quote is a command
+    # two would become one letter, and in some languages of babel a quote is a command
     "`": r"\char96{}",
     '"': r"\char34{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
@@ -329,7 +329,7 @@ TEX = {
 
 
 def tex_escape(text: str) -> str:
-    """Return text that LaTeX shows as it is."""
-    # in one pass, so that no escape is escaped; two hyphens would be a dash, two quotes another one
+    """Escape text so that LaTeX prints it literally."""
+    # in one pass, so that no escape is escaped; two hyphens or quotes would become one letter
     escaped = "".join(TEX.get(letter, letter) for letter in text)
     return re.sub(r"([-'])(?=\1)", r"\1{}", escaped)

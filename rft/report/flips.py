@@ -1,9 +1,10 @@
 """The images behind the classes that a report lists: those that a row gained and lost.
 
-An image is gained where a row has it right more often, over its seeds, than the reference row has
-(`rft.report.measures`), and lost the other way round. Of a class those come first whose label's
-log-likelihood, the mean over seeds, changed most, then by key. Where a page has no room for all of
-them, rows, classes and images take turns: first the first image of each row's first class.
+An image is gained if a row gets it right more often, over its seeds, than the reference row
+(`rft.report.measures`), and lost in the opposite case. Within a class, images are sorted by the
+change of the label's log-likelihood, averaged over seeds, and then by key. If the page has no space
+for all images, rows, classes and images take turns, beginning with the first image of the first
+class of each row.
 
 Shapes: N images of a set, M some of them, S seeds of a row.
 """
@@ -26,20 +27,20 @@ from rft.report.thumbnails import Place, read_thumbnails
 from rft.text import printable
 
 PER_CLASS = 6  # images gained, and as many lost
-IMAGES = 1000  # of a page, each counted as often as it is shown
-BYTES = 900_000  # of a page's different thumbnails; as text they are a third more
-LETTERS = 60  # of a key or a class's name
-PREDICTIONS = 3  # of a row's seeds that are named
+IMAGES = 1000  # limit of a page, where an image counts as often as it is shown
+BYTES = 900_000  # limit of a page's different thumbnails; base64 adds a third
+LETTERS = 60  # limit of a key or a class's name
+PREDICTIONS = 3  # predictions of a row's seeds that are listed
 
 Kind = Literal["gained", "lost"]
 KINDS: tuple[Kind, Kind] = ("gained", "lost")
 Changes = Sequence[tuple[Row, Sequence[tuple[str, Sequence[ClassChange], Sequence[ClassChange]]]]]
-"""Of each row, of each column its heading and the classes that gained and lost most."""
+"""For each row and column: the heading, and the classes that gained and lost most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """An image that a row has right more often than the reference row, or less often."""
+    """An image that a row gets right more often, or less often, than the reference row."""
 
     place: Place
     set: str
@@ -47,11 +48,11 @@ class Flip:
     key: str
     label: str
     before: str
-    """What the reference row predicts."""
+    """Prediction of the reference row."""
     after: str
-    """What the row predicts."""
+    """Prediction of the row."""
     change: float
-    """How much the label's log-likelihood rose, in nats."""
+    """Increase of the label's log-likelihood, in nats."""
 
 
 def _by_kind() -> dict[Kind, list]:
@@ -64,43 +65,43 @@ class ClassFlips:
 
     row: str
     column: str
-    """Its heading."""
+    """Heading of its column."""
     label: int
     listed: Kind
     """Whether the class gained or lost."""
     turn: tuple[int, int]
-    """Its place among the row's classes, and the row's among rows."""
+    """Index of the class among the row's classes, and of the row among rows."""
     found: dict[Kind, list[Flip]] = field(default_factory=_by_kind)
-    """Of each set, the first `PER_CLASS`."""
+    """The first `PER_CLASS` images of each set."""
     totals: Counter[Kind] = field(default_factory=Counter)
     shown: dict[Kind, list[tuple[int, Flip]]] = field(default_factory=_by_kind)
     """Number of the picture on the page, and image."""
 
     def first(self, kind: Kind) -> list[Flip]:
-        """Return the images of a kind that may be shown, those that changed most first."""
+        """Select the images of a kind that may be shown, those that changed most first."""
         return sorted(self.found[kind], key=lambda one: (-abs(one.change), one.key))[:PER_CLASS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flips:
-    """What a page shows of images."""
+    """The gained and lost images on a page."""
 
     classes: Mapping[tuple[str, str, int], ClassFlips] = field(default_factory=dict)
     """(row, heading of a column, label) -> its images."""
     pictures: Sequence[bytes] = ()
     """Each different thumbnail once, WebP."""
     left_out: int = 0
-    """Images for which the page had no room."""
+    """Number of images for which the page had no space."""
     missing: Sequence[str] = ()
     """Headings of the sets that the data root lacks."""
 
     def of(self, row: str, column: str, label: int) -> ClassFlips | None:
-        """Return a class's images; None if none of them is shown."""
+        """Look up the images of a class; None if none of them is shown."""
         found = self.classes.get((row, column, label))
         return found if found and any(found.shown.values()) else None
 
     def styles(self) -> str:
-        """Return a style sheet with the pictures; it has no text of others."""
+        """Make a style sheet with the pictures; it contains no untrusted text."""
         return thumbnails.styles("thumb", self.pictures)
 
 
@@ -117,12 +118,12 @@ def find_flips(
 
     Args:
         rows: name of each row -> its runs.
-        measures: of these rows.
+        measures: the measures of these rows.
         reference: name of the row that the others are compared with.
-        changes: the classes that are listed of each row.
-        columns: whose headings they are listed under.
+        changes: the classes listed for each row.
+        columns: the columns under whose headings they are listed.
         data: URL of the data root.
-        max_pixels: millions of pixels that an image may have.
+        max_pixels: limit of an image, in millions of pixels.
 
     Raises:
         ValueError: if a set below `data` is not the one that was evaluated, or cannot be read.
@@ -138,7 +139,7 @@ def find_flips(
         for kind in KINDS
         for number, flip in enumerate(one.first(kind))
     ]
-    # equal turns keep the order of the page
+    # a stable sort: equal turns keep the order of the page
     turns.sort(key=lambda turn: turn[0])
     wanted = {flip.place: flip.key for _, _, _, flip in turns[:IMAGES]}
     counts = {
@@ -148,7 +149,7 @@ def find_flips(
     numbers: dict[Place, int] = {}
     room, left_out = BYTES, max(0, len(turns) - IMAGES)
     for _, one, kind, flip in turns[:IMAGES]:
-        # broken ones, and those of missing sets, were warned of
+        # broken images and missing sets were already warned of
         if flip.place not in pictures:
             continue
         if flip.place not in numbers:
@@ -187,7 +188,7 @@ def _find(
     reference: str,
     name: str,
 ) -> None:
-    """Find the images of a set that the rows of some classes gained and lost."""
+    """Find the images of a set that were gained and lost, and add them to the classes."""
     if not classes or (reference, name) not in measures.sets:
         return
     before = _predicted(rows[reference], name)
@@ -203,18 +204,18 @@ def _find(
 
 
 class _Predicted(NamedTuple):
-    """What a row predicts for the images of a set."""
+    """The predictions of a row for the images of a set."""
 
     key_N: np.ndarray
     label_N: np.ndarray
     prediction_SN: np.ndarray
     hits_N: np.ndarray
-    """How many seeds have it right."""
+    """Number of seeds that get the image right."""
     likelihood_N: np.ndarray
-    """Logarithm of the label's, the mean over seeds."""
+    """Log-likelihood of the label, the mean over seeds."""
 
     def shown(self, sample: int, classes: SetClasses) -> str:
-        """Return the classes that are predicted for an image, those of most seeds first."""
+        """Format the classes predicted for an image, those of most seeds first."""
         votes = Counter(self.prediction_SN[:, sample].tolist()).most_common()
         names = [_short(classes.name_of(label)) for label, _ in votes[:PREDICTIONS]]
         if len(votes) > 1:
@@ -237,16 +238,16 @@ def _predicted(runs: Sequence[Run], name: str) -> _Predicted:
 
 
 class _Pair:
-    """A row beside the reference row on one set."""
+    """A row and the reference row on one set."""
 
     def __init__(
         self, name: str, classes: SetClasses, before: _Predicted, after: _Predicted
     ) -> None:
         self.name, self.classes, self.before, self.after = name, classes, before, after
         seeds, others = len(after.prediction_SN), len(before.prediction_SN)
-        # whole numbers, as in paired.tally
+        # integers, as in paired.tally
         gain_N = after.hits_N * others - before.hits_N * seeds
-        # a likelihood of 0 in both rows is no change
+        # a likelihood of 0 in both rows gives -inf - -inf = NaN, which is no change
         with np.errstate(invalid="ignore"):
             change_N = after.likelihood_N - before.likelihood_N
         self.change_N = np.where(np.isnan(change_N), 0.0, change_N)
@@ -259,12 +260,12 @@ class _Pair:
         }
 
     def flipped(self, label: int, kind: Kind) -> np.ndarray:
-        """Return the images of a class that were gained or lost, the largest change first, (M,)."""
+        """Find the images of a class that were gained or lost, the largest change first, (M,)."""
         order_M = self._order[kind]
         return order_M[self.after.label_N[order_M] == label]
 
     def flip(self, sample: int) -> Flip:
-        """Return what is shown of an image."""
+        """Collect what the page shows of an image."""
         return Flip(
             place=(self.name, sample),
             set=heading(self.name),

@@ -1,10 +1,10 @@
-"""The counterfactuals that the method makes of a few images, side by side (Fig. 5).
+"""The counterfactuals of a few images, side by side (Fig. 5), and the masks during training.
 
-And how the masks came about: a frame of the same images for each of some steps of the training.
+The latter are frames: the same images at some steps of the training.
 
-A counterfactual is a donor map: for image n and patch p the number of the image whose patch p is
-shown there, n itself where the image is kept, -1 where the patch is dropped. Here it is applied to
-pixels. The heat map is the only place where relevance, one number per patch, is upsampled.
+A counterfactual is a donor map. For image n and patch p it has the number of the image whose patch
+p is shown there: n itself if the patch is kept, -1 if it is dropped. Here the map is applied to
+pixels. Relevance is one number per patch, and is upsampled for the heat map only.
 
 Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 """
@@ -30,14 +30,14 @@ from rft.runs.gallery_file import DROP, Gallery
 from rft.text import plain
 
 MAX_ROWS = 6
-TILE = 200  # pixels that a small image is enlarged to, about; a large one keeps its size
+TILE = 200  # approximate pixels to which small images are enlarged; large ones keep their size
 GAP, GROUP_GAP, MARGIN, HEAD, FOOT, NAMES = 10, 34, 24, 116, 84, 210  # pixels
 RULE = 54  # below the heading of a group
 KEPT, MASKED = (232, 232, 232), (38, 70, 110)  # RGB
 HATCH_LIGHT, HATCH_DARK = 205, 150  # grey levels
-FRAME_BYTES = 60_000  # of the picture of a frame
-FRAME_IMAGES, FRAME_SIDE = 8, 256  # pixels of an image at most; a page has less room for eight
-QUALITIES = (75, 40, 20)  # of WebP, the first that fits
+FRAME_BYTES = 60_000  # limit of a frame's picture
+FRAME_IMAGES, FRAME_SIDE = 8, 256  # most images, and pixels of one; a page has less space for eight
+QUALITIES = (75, 40, 20)  # of WebP; the first that fits is used
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Column:
     group: str
     title: str
     tiles: Callable[[], np.ndarray]
-    """Makes its images, (B, H, W, C); one column's are in memory at a time."""
+    """Makes its images, (B, H, W, C), when they are drawn: only one column is in memory."""
 
 
 def enlarge(gallery: Gallery) -> Gallery:
-    """Return the gallery with each pixel repeated to a square, so that small images can be seen."""
+    """Enlarge small images by an integer factor, so that they can be seen."""
     factor = max(1, round(TILE / gallery.images_BHWC.shape[1]))
     images_BHWC = gallery.images_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
-    # relevance and donors have one entry per patch and stay as they are
+    # relevance and donors have one entry per patch and need no change
     return replace(gallery, images_BHWC=images_BHWC, patch=gallery.patch * factor)
 
 
 def to_pixels(values_BP: np.ndarray, patch: int) -> np.ndarray:
-    """Return the value of each pixel's patch, (B, H, W, 1)."""
+    """Expand values of patches to pixels, (B, H, W, 1)."""
     batch, count = values_BP.shape
     grid = round(count**0.5)
     values_BGG1 = values_BP.reshape(batch, grid, grid, 1)
@@ -67,61 +67,61 @@ def to_pixels(values_BP: np.ndarray, patch: int) -> np.ndarray:
 
 
 def apply_donors(images_BHWC: np.ndarray, donor_BP: np.ndarray, patch: int) -> np.ndarray:
-    """Return the counterfactual images, (B, H, W, C); dropped patches are hatched grey."""
+    """Make the counterfactual images, (B, H, W, C); dropped patches are hatched grey."""
     own_B1 = np.arange(len(images_BHWC))[:, None]
     dropped_BP = donor_BP == DROP
     source_BP = np.where(dropped_BP, own_B1, donor_BP)
-    # the index broadcasts over channels: a pixel's patch has one donor
+    # the index broadcasts over channels, because all channels of a patch have one donor
     chosen_BHWC = np.take_along_axis(images_BHWC, to_pixels(source_BP, patch), axis=0)
-    # one hatched square for the image, so that lines run on across neighbouring patches
+    # one hatched square for the whole image, so that lines continue across neighbouring patches
     return np.where(to_pixels(dropped_BP, patch), hatch(images_BHWC.shape[1]), chosen_BHWC)
 
 
 def hatch(size: int) -> np.ndarray:
-    """Return a grey square with diagonal lines, which no image looks like, (size, size, 3)."""
+    """Make a grey square with diagonal lines, unlike any image, (size, size, 3)."""
     diagonal = np.add.outer(np.arange(size), np.arange(size)) % 16
     grey = np.where(diagonal < 5, HATCH_DARK, HATCH_LIGHT).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
 
 
 def heat_map(images_BHWC: np.ndarray, relevance_BP: np.ndarray) -> np.ndarray:
-    """Return the images in grey under their relevance in colour, stronger where it is higher."""
+    """Blend relevance in colour over the images in grey, stronger where relevance is higher."""
     size = images_BHWC.shape[1]
     grid = round(relevance_BP.shape[1] ** 0.5)
-    # float32, which Pillow resizes as mode F, without rounding to levels
+    # Pillow resizes float32 as mode F, without rounding to grey levels
     coarse = relevance_BP.reshape(-1, grid, grid)
     smooth = [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in coarse]
     relevance_BHW = np.clip(np.stack([np.asarray(one) for one in smooth]), 0, 1)
     color_BHWC = 255 * matplotlib.colormaps["inferno"](relevance_BHW)[..., :3]
     grey_BHW1 = images_BHWC.mean(axis=3, keepdims=True)
-    # a fifth of the image shows through where relevance is highest
+    # at the highest relevance, a fifth of the image remains visible
     weight_BHW1 = 0.25 + 0.55 * relevance_BHW[..., None]
     return np.rint(grey_BHW1 * (1 - weight_BHW1) + color_BHWC * weight_BHW1).astype(np.uint8)
 
 
 def mask_picture(masked_BP: np.ndarray, patch: int) -> np.ndarray:
-    """Return masks as dark patches on a light ground, (B, H, W, 3)."""
+    """Draw masks as dark patches on a light background, (B, H, W, 3)."""
     return np.where(to_pixels(masked_BP, patch), MASKED, KEPT).astype(np.uint8)
 
 
 def columns(gallery: Gallery) -> list[Column]:
-    """Return the picture's columns: image, relevance, mask, and each counterfactual there is."""
+    """List the columns of the picture: image, relevance, mask, and each counterfactual."""
     images_BHWC, patch = gallery.images_BHWC, gallery.patch
     found = [
         Column("", "image", lambda: images_BHWC),
         Column("", "relevance", lambda: heat_map(images_BHWC, gallery.relevance_BP)),
     ]
-    # the object's before others, and where masked patches are dropped: only a drop shows its mask
-    # exactly, a fill hides it where an image is its own donor
+    # prefer the object mask, and a recipe that drops patches: only a drop shows its mask exactly,
+    # while a fill hides the mask where an image is its own donor
     wanted = (name for mask in reversed(MASK_COLORS) for name in GRID if name.startswith(mask))
     if (name := next((name for name in wanted if name in gallery.donors), None)) is not None:
         own_B1 = np.arange(len(images_BHWC))[:, None]
-        # DROP is no image's number, so dropped patches count
+        # DROP differs from every image's number, so dropped patches count as masked
         masked_BP = gallery.donors[name] != own_B1
         title = f"{name.split('-')[0]} mask"
         found.append(Column("", title, partial(mask_picture, masked_BP, patch)))
     known = [name for mask in MASK_COLORS for name in GRID if name.startswith(mask)]
-    # a file may name a donor map after any recipe; those outside the grid go last
+    # an untrusted file may name donor maps after any recipe; those outside the grid come last
     for name in [*known, *sorted(gallery.donors.keys() - set(known))]:
         if name in gallery.donors:
             mask, _, fill = name.partition("-mask-")
@@ -132,7 +132,7 @@ def columns(gallery: Gallery) -> list[Column]:
 
 
 def picture(gallery: Gallery) -> bytes:
-    """Return the gallery as PNG: a row for each of a few images, a column for each view of it."""
+    """Draw the gallery as PNG: one row per image, one column per view of it."""
     large = enlarge(gallery)
     views = columns(large)
     batch, size = large.images_BHWC.shape[:2]
@@ -144,14 +144,14 @@ def picture(gallery: Gallery) -> bytes:
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
     def write(x: float, y: float, text: str, size: float, **look: Any) -> None:
-        """Write at pixels from the top left."""
-        # parse_math=False below: dollar signs in a class's name are no formula
+        """Write text at a position in pixels from the top left."""
+        # parse_math=False below: dollar signs in a class's name do not mark a formula
         look = {"color": INK, **look}
         figure.text(x / width, 1 - y / height, text, fontsize=size, parse_math=False, **look)
 
     for top, row in zip(tops, rows, strict=True):
         name = plain(large.names[row], kept="\n")
-        # about as many letters as NAMES has room for at this size
+        # about as many letters as fit into NAMES at this size
         name = "\n".join(textwrap.wrap(name, 15, max_lines=4, placeholder=" ..."))
         write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
     for left, view in zip(lefts, views, strict=True):
@@ -159,15 +159,15 @@ def picture(gallery: Gallery) -> bytes:
     heads = _group_heads(views, lefts, size)
     for left, right, group, color in heads:
         write((left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color)
-    # the scale of the relevance, below its column, which is the second
+    # the scale of the relevance is below its column, the second
     write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
     write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
     if any((donor_BP == DROP).any() for donor_BP in large.donors.values()):
         text = "hatched grey: patch dropped"
         write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
 
-    # into the finished page: as an image of the figure, they would take thirty times their bytes;
-    # it is RGBA, and all writes leave the alpha channel opaque
+    # images are copied into the rendered pixels: drawn by matplotlib they would take thirty times
+    # the memory. The pixels are RGBA, and only RGB is written, so the alpha channel stays opaque
     pixels_HWC = drawn(figure)
     for left, view in zip(lefts, views, strict=True):
         tiles_BHWC = view.tiles()
@@ -181,9 +181,9 @@ def picture(gallery: Gallery) -> bytes:
 
 
 def frames(gallery: Gallery) -> dict[int, bytes]:
-    """Return step -> WebP of the images' relevance and, below, without what the run masks.
+    """Draw each step as WebP: the images' relevance and, below, the images without masked patches.
 
-    In the order of the steps; empty if there are no two steps to compare.
+    The result maps steps, in ascending order, to pictures. It is empty for fewer than two steps.
     """
     if gallery.frames is None or len(gallery.frames.steps_S) < 2:
         return {}
@@ -204,7 +204,7 @@ def frames(gallery: Gallery) -> dict[int, bytes]:
 
 
 def _webp(image: Image.Image) -> bytes:
-    """Encode a picture in FRAME_BYTES: at the best quality that fits, or else at half its size."""
+    """Encode a picture within FRAME_BYTES, at the best quality that fits, or at half its size."""
     while True:
         for quality in QUALITIES:
             stream = io.BytesIO()
@@ -215,7 +215,7 @@ def _webp(image: Image.Image) -> bytes:
 
 
 def _lefts(views: Sequence[Column], size: int) -> list[int]:
-    """Return each column's left edge, with more room between groups."""
+    """Compute each column's left edge, with a wider gap between groups."""
     lefts = [NAMES]
     for before, view in pairwise(views):
         lefts.append(lefts[-1] + size + (GAP if view.group == before.group else GROUP_GAP))
@@ -225,11 +225,11 @@ def _lefts(views: Sequence[Column], size: int) -> list[int]:
 def _group_heads(
     views: Sequence[Column], lefts: Sequence[int], size: int
 ) -> list[tuple[int, int, str, str]]:
-    """Return (left, right, name, color) of each named group of columns."""
+    """List (left, right, name, color) of each named group of columns."""
     heads = []
     for group in dict.fromkeys(view.group for view in views if view.group):
         members = [left for left, view in zip(lefts, views, strict=True) if view.group == group]
-        # a group is a mask, or a recipe that is not of the grid
+        # a group is a mask, or a recipe outside the grid
         color = MASK_COLORS.get(group.removesuffix("-mask"), INK)
         heads.append((members[0], members[-1] + size, group, color))
     return heads

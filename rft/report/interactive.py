@@ -1,7 +1,7 @@
-"""Data and permission of the page's script: numbers that are in no table, and its hash. Pure.
+"""Data for the page's script that no table has, and the hash that permits the script. Pure.
 
-The script is page.js. It reads differences of every two rows, the numbers of rows that a figure
-names, and the paths over alpha.
+The script is page.js. It reads the differences of all pairs of rows, the numbers of the rows in
+figures, and the paths over alpha.
 """
 
 import base64
@@ -15,17 +15,17 @@ from rft.report import details, plots, tables
 from rft.report.measures import COMPARED, AveragePair, Measures, SetPair, significant
 from rft.report.tables import Row, columns, heading
 
-CELLS = 100_000  # differences in a page, some 25 bytes each; 64 rows with six sets have 14,000
+CELLS = 100_000  # limit of differences in a page, about 25 bytes each; 64 rows, six sets: 14,000
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 
 
 def source_hash(script: str) -> str:
-    """Return what a content security policy calls a script that may run, and no other."""
+    """Make the source expression that permits this script alone in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def page_data(rows: Sequence[Row], shown: Sequence[Row], measures: Measures) -> dict[str, Any]:
-    """Return what page.js reads; `shown` are the rows of the accuracy table, in its order."""
+    """Make the data of page.js; `shown` are the rows of the accuracy table, in its order."""
     named = details.targets(rows)
     texts = {
         row.id: ", ".join(f"{heading(name)} {tables.cell_text(row, name)}" for name in named)
@@ -54,16 +54,16 @@ def page_data(rows: Sequence[Row], shown: Sequence[Row], measures: Measures) -> 
 
 
 def _pair(pair: SetPair | AveragePair | None) -> list[float | bool] | None:
-    """Return difference and interval in points as they are printed, and whether it counts."""
+    """Round difference and interval in points as printed, and add whether it is significant."""
     if pair is None:
         return None
     value, (low, high), _ = pair.difference
-    # rounded here: a script would round a half the other way
+    # rounded here, because JavaScript rounds halves differently
     return [*(round(100 * one, 2) for one in (value, low, high)), significant(pair)]
 
 
 def _paths(rows: Sequence[Row]) -> dict[str, list[tuple[float, str]]]:
-    """Return WiSE family -> (alpha, row) of each model on its path."""
+    """Map each WiSE family to (alpha, row) of the models on its path."""
     ids = {row.name: row.id for row in rows}
     paths = plots.wise_paths(plots.accuracy_points(rows))
     return {

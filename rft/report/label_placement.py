@@ -1,7 +1,7 @@
-"""Where labels go in a plot: near their points, clear of everything else. Geometry, in pixels.
+"""Places labels in a plot: near their points, clear of everything else. Geometry, in pixels.
 
-The geometry is that of arrays which broadcast: boxes (..., 4) are left, bottom, right, top, points
-(..., 2) are x, y. A plot of 100 points compares millions of pairs of places.
+The functions take arrays that broadcast: boxes (..., 4) are left, bottom, right, top, and points
+(..., 2) are x, y. A plot of 100 points compares millions of pairs of candidates.
 
 Shapes: L labels, C candidates of one label, O other labels or obstacles, S segments of lines.
 """
@@ -17,10 +17,10 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 Point = tuple[float, float]
 Segment = tuple[Point, Point]
 
-PAIRS = 20_000  # how often labels are compared, all with all others, before the best is taken
-ROUNDS = 8  # in which labels choose in one order
-CROWD = 25  # from so many labels on, places anywhere in the plot are tried too
-LEAST_APART = DPI / 50  # of places anywhere in the plot
+PAIRS = 20_000  # budget of comparisons, where each round compares all labels with all others
+ROUNDS = 8  # most rounds with labels choosing in one order
+CROWD = 25  # with so many labels or more, candidates all over the plot are tried too
+LEAST_APART = DPI / 50  # least distance of these candidates
 
 
 def place_labels(
@@ -32,9 +32,9 @@ def place_labels(
 ) -> list[Box]:
     """Find a box for each label: near its anchor, inside bounds, clear of everything else.
 
-    Each label takes its cheapest candidate given the others, round after round until none moves.
-    That depends on who begins, so a few orders are tried; many labels get fewer tries, so that the
-    time stays within seconds. Where there is no room at all, labels overlap least.
+    Each label takes its cheapest candidate given the others, in rounds until none moves. The result
+    depends on the order of the labels, so a few orders are tried. Many labels get fewer tries, so
+    that this takes seconds at most. If there is no space, labels overlap as little as possible.
     """
     if not anchors:
         return []
@@ -44,12 +44,12 @@ def place_labels(
         boxes_C4 = candidate_boxes(point, size)
         if len(anchors) >= CROWD:
             boxes_C4 = np.concatenate([boxes_C4, grid_boxes(size, bounds)])
-        # whole pixels: equal distances stay in the order of the candidates
+        # rounded to pixels, so that equal distances keep the order of the candidates
         cost_C = _own_cost(point, boxes_C4, obstacles, lines, bounds).round()
         candidates.append((cost_C, boxes_C4))
     rightwards = sorted(range(len(anchors)), key=lambda index: anchors[index])
     upwards = sorted(range(len(anchors)), key=lambda index: anchors[index][::-1])
-    # 25 labels have 8 rounds in each of 4 orders, 64 labels 4 rounds in one order
+    # for example 8 rounds in each of 4 orders for 25 labels, 4 rounds in one order for 64
     passes = max(2, PAIRS // len(anchors) ** 2)
     turns = [rightwards, rightwards[::-1], upwards, upwards[::-1]][: max(1, passes // ROUNDS)]
     tried = [_settle(points_L2, candidates, turn, min(passes, ROUNDS)) for turn in turns]
@@ -63,8 +63,8 @@ def _settle(
     turn: Sequence[int],
     rounds: int,
 ) -> tuple[float, np.ndarray]:
-    """Return what the labels cost in all and where they are, when they choose in this order."""
-    # NaN until a label has a box: unequal to itself, so the first round is never taken for the last
+    """Let the labels choose in this order; return their total cost and their boxes."""
+    # NaN until a label has a box: NaN is unequal to itself, so the first round never ends the loop
     boxes_L4 = np.full((len(points_L2), 4), np.nan)
     cost_L = np.zeros(len(points_L2))
     for _ in range(rounds):
@@ -88,8 +88,8 @@ def _cheapest(
     points_O2: np.ndarray,
     others_O4: np.ndarray,
 ) -> tuple[float, np.ndarray]:
-    """Return the candidate that costs least given the other labels, and its cost."""
-    # 20 for each pixel covered, as for obstacles (_own_cost)
+    """Find the cheapest candidate given the other labels; return its cost and its box."""
+    # 20 per pixel covered, as for obstacles (_own_cost)
     cost_C = cost_C + 20 * overlap(grow(boxes_C4[:, None]), others_O4).sum(axis=1)
     tangled_CO = _tangled(point, boxes_C4[:, None], points_O2, others_O4)
     cost_C = cost_C + 400 * tangled_CO.sum(axis=1)
@@ -98,8 +98,8 @@ def _cheapest(
 
 
 def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:
-    """Return boxes of a size on rings around an anchor, (C, 4): nearest first, from its right."""
-    # inches; the rings lie further apart the further out they are
+    """Make boxes of a size on rings around an anchor, (C, 4): nearest first, from its right."""
+    # in inches; outer rings are further apart
     gap_R11 = DPI * np.array([0.1, 0.15, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6])[:, None, None]
     angle_A = np.arange(24) * np.pi / 12
     towards_A2 = np.stack([np.cos(angle_A), np.sin(angle_A)], axis=-1)
@@ -109,8 +109,8 @@ def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:
 
 
 def grid_boxes(size: Point, bounds: Box) -> np.ndarray:
-    """Return boxes of a size in rows all over the bounds, (C, 4); a third of a width apart."""
-    # some letters have no width, and arange takes no step of zero
+    """Make boxes of a size in rows all over the bounds, (C, 4), a third of a width apart."""
+    # some letters have no width, and arange does not accept a step of zero
     x_X = np.arange(bounds[0], bounds[2] - size[0], max(size[0] / 3, LEAST_APART))
     y_Y = np.arange(bounds[1], bounds[3] - size[1], size[1] + DPI / 50)
     corner_C2 = np.stack(np.meshgrid(x_X, y_Y), axis=-1).reshape(-1, 2)
@@ -131,19 +131,20 @@ def _own_cost(
     area_C = (boxes_C4[:, 2] - boxes_C4[:, 0]) * (boxes_C4[:, 3] - boxes_C4[:, 1])
     outside_C = area_C - overlap(boxes_C4, bounds)
     covered_C = overlap(boxes_C14, obstacles_O4).sum(axis=1)
-    # a line to a label begins within its point's own marker and bars
+    # the line to a label starts inside its own marker and bars, which are no obstacle to it
     others_O4 = obstacles_O4[~inside(point, obstacles_O4)]
     passed_C = crosses(point, end_C2[:, None], others_O4).sum(axis=1)
     struck_C = crosses(lines_S22[:, 0], lines_S22[:, 1], boxes_C14).sum(axis=1)
     away_C = np.linalg.norm(end_C2 - point, axis=1)
-    # each fault in the pixels that a label goes to avoid it, areas by the pixel
+    # every fault costs as much as the pixels of distance that a label accepts to avoid it; areas
+    # cost per pixel
     return away_C + 150 * passed_C + 400 * struck_C + 20 * (outside_C + covered_C)
 
 
 def _tangled(
     point: np.ndarray, boxes: np.ndarray, other_points: np.ndarray, other_boxes: np.ndarray
 ) -> np.ndarray:
-    """Count how often labels or their lines to their points lie across each other."""
+    """Count how often labels, or the lines to their points, cross each other."""
     end, other_end = nearest(boxes, point), nearest(other_boxes, other_points)
     tangled = crosses(point, end, other_boxes).astype(int)
     tangled += crosses(other_points, other_end, boxes)
@@ -151,13 +152,13 @@ def _tangled(
 
 
 def grow(boxes: np.ndarray) -> np.ndarray:
-    """Return boxes with a margin on every side."""
-    # a hundredth of an inch: labels that only just do not touch read as one
+    """Add a margin on every side of boxes."""
+    # a hundredth of an inch, because labels that almost touch read as one
     return boxes + DPI / 100 * np.array([-1, -1, 1, 1])
 
 
 def overlap(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Return the area that boxes share."""
+    """Compute the area that boxes share."""
     left, low, right, high = _coordinates(a)
     left_b, low_b, right_b, high_b = _coordinates(b)
     width = np.minimum(right, right_b) - np.maximum(left, left_b)
@@ -166,7 +167,7 @@ def overlap(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def nearest(box: ArrayLike, point: ArrayLike) -> np.ndarray:
-    """Return the points of boxes that are nearest to points."""
+    """Find the points of boxes that are nearest to points."""
     left, low, right, high = _coordinates(box)
     x, y = _coordinates(point)
     x, y = np.broadcast_arrays(x.clip(left, right), y.clip(low, high))
@@ -174,17 +175,17 @@ def nearest(box: ArrayLike, point: ArrayLike) -> np.ndarray:
 
 
 def inside(point: ArrayLike, box: ArrayLike) -> np.ndarray:
-    """Whether points lie in boxes."""
+    """Whether points are in boxes."""
     (left, low, right, high), (x, y) = _coordinates(box), _coordinates(point)
     return (left <= x) & (x <= right) & (low <= y) & (y <= high)
 
 
 def crosses(start: ArrayLike, end: ArrayLike, box: ArrayLike) -> np.ndarray:
-    """Whether segments enter boxes: are between left and right while between bottom and top."""
-    first, last = np.zeros(()), np.ones(())  # shares of the way
+    """Whether segments enter boxes: some part is between left and right, bottom and top."""
+    first, last = np.zeros(()), np.ones(())  # shares of the segment's length
     low_and_high = _coordinates(box)
-    # a segment along an axis meets two of the sides at infinity, or never: 0 / 0 is NaN, and
-    # first < last is false of NaN, so a segment along a side does not enter
+    # a segment parallel to an axis meets two of the sides at infinity. If it runs along a side,
+    # 0 / 0 is NaN, first < last is false, and it does not enter
     with np.errstate(divide="ignore", invalid="ignore"):
         for axis, (here, there) in enumerate(
             zip(_coordinates(start), _coordinates(end), strict=True)
@@ -198,17 +199,17 @@ def crosses(start: ArrayLike, end: ArrayLike, box: ArrayLike) -> np.ndarray:
 
 def intersect(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Whether segments from a to b and from c to d cross."""
-    # zero is no crossing: lines to two labels may begin at one point
+    # zero is not a crossing: lines to two labels may start at one point
     apart = _side(a, b, c) * _side(a, b, d) < 0
     return apart & (_side(c, d, a) * _side(c, d, b) < 0)
 
 
 def _side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    # its sign: on which side of the line from a through b the point c lies
+    # the sign is the side of the line from a through b on which c is
     along, across = b - a, c - a
     return along[..., 0] * across[..., 1] - along[..., 1] * across[..., 0]
 
 
 def _coordinates(array: ArrayLike) -> np.ndarray:
-    """Return the coordinates of points or boxes, one array for each."""
+    """Split points or boxes into one array per coordinate."""
     return np.moveaxis(np.asarray(array, dtype=float), -1, 0)

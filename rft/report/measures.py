@@ -1,8 +1,8 @@
-"""What the predictions of runs say: accuracies with intervals, calibration, and every pair of rows.
+"""Measures of runs from their predictions: accuracies with intervals, calibration, pairs of rows.
 
-Predictions are read one set at a time, one row's runs at a time; what is kept of them is which
-images are right, one bit of each, until the set is done. Runs that were evaluated before
-predictions were kept have counts alone, and no measures.
+Predictions are read one set and one row at a time. Until a set is finished, only which images are
+right is kept of them. Runs that were evaluated by an older rft have counts but no predictions, and
+therefore no measures.
 
 Shapes: N images of a set, R runs of all rows, S seeds of one row, K classes.
 """
@@ -28,15 +28,15 @@ from rft.statistics.calibration import Bins
 from rft.statistics.paired import Difference
 
 COMPARED = 64  # rows that are compared with each other: 2,016 pairs
-IMAGES = 2**23  # of a set that is measured; the whole ImageNet-C has 4.75 million
+IMAGES = 2**23  # limit of a measured set; the complete ImageNet-C has 4.75 million
 PAIR_REPLICATES = 2_000
-"""Of each pair, as there are many: the ends of an interval then vary from draw to draw with a
-standard deviation of about 1.5% of its width."""
+"""Replicates of each pair, fewer because pairs are many: the ends of an interval then vary between
+draws with a standard deviation of about 1.5% of its width."""
 TOP = 5
 
 
 class Numbers(NamedTuple):
-    """Of one run on one set; shares are in [0, 1]."""
+    """The numbers of one run on one set; shares are in [0, 1]."""
 
     top1: float
     top5: float
@@ -47,47 +47,47 @@ class Numbers(NamedTuple):
     error_width: float
     """Calibration error over bins of equal width."""
     error_mass: float
-    """Over bins of equally many images."""
+    """Calibration error over bins of equally many images."""
     scaled_nll: float
-    """Of logits divided by the temperature; NaN where none was fitted."""
+    """NLL of logits divided by the temperature; NaN if none was fitted."""
     scaled_error: float
-    """Over bins of equal width, likewise."""
+    """Calibration error of these logits, over bins of equal width; NaN if none was fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetMeasures:
-    """One row on one set."""
+    """The measures of one row on one set."""
 
     images: int
     seeds: tuple[Numbers, ...]
     """In the order of the row's runs."""
     interval: Interval
-    """Of top-1: Wilson's for one seed; the bootstrap's of their means for more, or where images are
-    drawn together."""
+    """Interval of top-1: Wilson's for one seed. With several seeds, or images that are drawn
+    together, it is a bootstrap interval of the mean over seeds."""
     bins: Bins
     """Confidence against accuracy of all seeds' images, in bins of equal width."""
     class_correct_K: np.ndarray
-    """Images of each class that are right, the mean over seeds, fp64."""
+    """Right images of each class, the mean over seeds, fp64."""
     mistakes: Mistakes
-    """Of the first seed."""
+    """Mistakes of the first seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetClasses:
-    """The classes of a set, in rising order of what its labels call them."""
+    """The classes of a set, in rising order of their labels."""
 
     label_K: np.ndarray
     images_K: np.ndarray
     known: Classes | None
 
     def name_of(self, label: int) -> str:
-        """Return what the class of a label is called."""
+        """Look up the name of a label's class."""
         if self.known is None or label >= len(self.known):
             return f"class {label}"
         return self.known.names[label]
 
     def id_of(self, label: int) -> str:
-        """Return its id, such as a WordNet id; the label where it has none."""
+        """Look up the id of a label's class, such as a WordNet id; the label if it has none."""
         known = self.known
         return known.ids[label] if known and label < len(known.ids) else str(label)
 
@@ -97,15 +97,16 @@ class SetPair(NamedTuple):
 
     difference: Difference
     gained: int
-    """Images that the one has right more often, over its seeds, than the other."""
+    """Images that the first row gets right more often, over its seeds, than the second."""
     lost: int
+    """Images that the first row gets right less often."""
     seeds: tuple[float, ...]
-    """Difference of each two seeds: of the same seed where both rows have the same ones."""
+    """Difference of each pair of seeds: of equal seeds if both rows have the same ones."""
     mcnemar: tuple[float, ...]
-    """p-value of each of these; none where images are drawn together."""
+    """p-value of each of these; empty if images are drawn together."""
 
     def __neg__(self) -> "SetPair":
-        """Return the other row against the one."""
+        """Exchange the two rows."""
         seeds = tuple(-value for value in self.seeds)
         return SetPair(-self.difference, self.lost, self.gained, seeds, self.mcnemar)
 
@@ -117,12 +118,12 @@ class AveragePair(NamedTuple):
     seeds: tuple[float, ...]
 
     def __neg__(self) -> "AveragePair":
-        """Return the other row against the one."""
+        """Exchange the two rows."""
         return AveragePair(-self.difference, tuple(-value for value in self.seeds))
 
 
 def significant(pair: SetPair | AveragePair) -> bool:
-    """Whether a difference counts: its interval has no 0, and every seed's own has its sign."""
+    """Whether the interval excludes 0 and the difference of every pair of seeds has its sign."""
     low, high = pair.difference.interval
     if low > 0:
         return all(value > 0 for value in pair.seeds)
@@ -131,7 +132,7 @@ def significant(pair: SetPair | AveragePair) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """All that the predictions of a report's runs say. Shares, not percent."""
+    """All measures from the predictions of a report's runs, as shares, not percent."""
 
     sets: dict[tuple[str, str], SetMeasures] = field(default_factory=dict)
     """(row, set) -> its numbers."""
@@ -139,25 +140,25 @@ class Measures:
     """(row, column of an average) -> its interval."""
     classes: dict[str, SetClasses] = field(default_factory=dict)
     pairs: dict[tuple[str, str, str], SetPair] = field(default_factory=dict)
-    """(row, other, set) -> the first against the other; of two orders one is here."""
+    """(row, other, set) -> the first against the other; only one of both orders is stored."""
     average_pairs: dict[tuple[str, str, str], AveragePair] = field(default_factory=dict)
-    """(row, other, column of an average), likewise."""
+    """(row, other, column of an average) -> the same for an average."""
     without: tuple[Run, ...] = ()
-    """Runs of which a set has no predictions."""
+    """Runs without the predictions of some set."""
     too_large: tuple[str, ...] = ()
     """Sets of more than `IMAGES` images, which are not measured."""
     versions: tuple[str, ...] = ()
-    """Sets whose images of one name, in several domains, are drawn together."""
+    """Sets in which images of one name, in several domains, are drawn together."""
 
     def pair(self, row: str, other: str, name: str) -> SetPair | None:
-        """Return a row against another on a set; None if one of them has no predictions of it."""
+        """Look up a row against another on a set; None if one of them has no predictions of it."""
         if (found := self.pairs.get((row, other, name))) is not None:
             return found
         found = self.pairs.get((other, row, name))
         return None if found is None else -found
 
     def average_pair(self, row: str, other: str, column: str) -> AveragePair | None:
-        """Return a row against another in an average, if both have all of its sets."""
+        """Look up a row against another in an average; None unless both have all of its sets."""
         if (found := self.average_pairs.get((row, other, column))) is not None:
             return found
         found = self.average_pairs.get((other, row, column))
@@ -165,7 +166,7 @@ class Measures:
 
 
 class _Sum:
-    """Replicates of an average over sets, of those that were added; one array, not one of each."""
+    """Replicates of an average over sets, as a running sum: one array, not one per set."""
 
     def __init__(self) -> None:
         self.sets = 0
@@ -176,18 +177,18 @@ class _Sum:
         self.total_R = self.total_R + drawn_R
 
     def difference(self, value: float) -> Difference:
-        """Return the average as a difference of some value."""
+        """Summarise the replicates of the average as a difference with this value."""
         return paired.summarise(value, np.asarray(self.total_R) / self.sets)
 
 
 class _Right(NamedTuple):
-    """Which images a row has right on one set."""
+    """Which images a row gets right on one set."""
 
     right_SN: np.ndarray
     seeds: tuple[int, ...]
 
     def hits(self) -> np.ndarray:
-        """Return how many seeds have each image right, int (N,)."""
+        """Count the seeds that get each image right, int (N,)."""
         return self.right_SN.sum(axis=0, dtype=np.intp)
 
 
@@ -195,41 +196,41 @@ class _Right(NamedTuple):
 class Units:
     """Which images of a set are drawn together: those of one name and class, in several domains.
 
-    In ImageNet-C they are versions of one image. Other sets have such names by chance, and no
-    set declares which, so the wider of both intervals is taken (`wider`).
+    In ImageNet-C these are versions of one image. Other sets have equal names by chance. No set
+    declares which case it is, so the wider of both intervals is used (`wider`).
 
     Shapes: U units.
     """
 
     number_N: np.ndarray
-    """Of each image's unit."""
+    """Number of each image's unit."""
     size_U: np.ndarray
-    """Images of each unit."""
+    """Number of images in each unit."""
 
     @classmethod
     def of(cls, rows: Predictions) -> "Units | None":
-        """Return the units of a set with domains; None if no image has another version there."""
+        """Find the units of a set with domains; None if every image is a unit of its own."""
         if rows.domain is None:
             return None
         names = [
             sample_keys.below_domain(*pair) for pair in zip(rows.key, rows.domain, strict=True)
         ]
         _, name_N = np.unique(names, return_inverse=True)
-        # labels too: numbered files of two classes may have one name
+        # the label belongs to the unit, because numbered files of two classes may share a name
         both_N = name_N * (int(rows.label.max()) + 1) + rows.label
         _, number_N, size_U = np.unique(both_N, return_inverse=True, return_counts=True)
         return cls(number_N, size_U) if (size_U > 1).any() else None
 
     def total(self, hits_N: np.ndarray) -> np.ndarray:
-        """Add up what images have, for each unit."""
+        """Sum the hits of the images of each unit."""
         return np.bincount(self.number_N, hits_N, len(self.size_U)).astype(np.int64)
 
 
 def wider(images_R: np.ndarray, units_R: np.ndarray) -> np.ndarray:
-    """Return the replicates that vary more: of images drawn one by one, or in units.
+    """Choose the replicates that vary more: those of single images, or those of units.
 
-    Versions of an image make units vary more. Where names repeat by chance both vary alike, unless
-    there are so few units that drawing them shows too little.
+    Versions of an image make units vary more. If names repeat by chance, both vary alike, except
+    that replicates of very few units vary too little.
     """
     return units_R if units_R.std() > images_R.std() else images_R
 
@@ -242,12 +243,12 @@ def measure(
     """Measure rows of runs on sets, and compare the first `COMPARED` rows with each other.
 
     Args:
-        rows: name of each row -> its runs, one of each seed.
+        rows: name of each row -> its runs, one per seed.
         names: the sets.
         averages: column of an average -> its sets, whose mean is compared too.
 
     Raises:
-        ValueError: if predictions were changed, or are not of the same images.
+        ValueError: if predictions were changed, or are of different images.
     """
     runs = [run for members in rows.values() for run in members]
     too_large = {n for run in runs for n, count in run.counts.items() if count.total > IMAGES}
@@ -268,7 +269,7 @@ def measure(
     for column, sets in averages.items():
         for row, one in sums[column].items():
             if one.sets == len(sets):
-                # of a row's average only the interval is used: the value is made of its counts
+                # only the interval is used; the value of a row's average comes from its counts
                 found.averages[row, column] = one.difference(0.0).interval
         for (row, other), one in pair_sums[column].items():
             if one.sets == len(sets):
@@ -289,7 +290,7 @@ def _without(rows: Mapping[str, Sequence[Run]], names: Sequence[str]) -> Iterato
 
 
 def _is_kept(run: Run, name: str) -> bool:
-    """Whether a run's predictions of a set are there; results may be copied without them."""
+    """Whether a run's predictions of a set exist; results may be copied without them."""
     count = run.counts.get(name)
     return (
         count is not None
@@ -302,27 +303,27 @@ def read_predictions(run: Run, name: str) -> Predictions:
     """Read a run's predictions of a set.
 
     Raises:
-        ValueError: if they were changed, or do not give the count of results.json.
+        ValueError: if they were changed, or contradict the count in results.json.
     """
     count, path = run.counts[name], predictions.path_of(run.path, name)
     rows = predictions.read(path, count.total, count.predictions_sha256 or "")
     if (right := int(rows.right.sum())) != count.correct:
         raise ValueError(
-            f"{path} has {right:,} images right, {filenames.RESULTS} says {count.correct:,}; "
+            f"{path} has {right:,} right predictions, {filenames.RESULTS} has {count.correct:,}; "
             "evaluate the run again"
         )
     return rows
 
 
 class _Images(NamedTuple):
-    """The images of a set, as the first run has them."""
+    """The images of a set, taken from the first run."""
 
     run: Run
     key_N: np.ndarray
     label_N: np.ndarray
 
     def require_same(self, run: Run, rows: Predictions, name: str) -> None:
-        """Check that another run has the same images with the same labels in the same order."""
+        """Check that a run has the same images with the same labels in the same order."""
         for what, own, other in (
             ("images", self.key_N, rows.key),
             ("labels", self.label_N, rows.label),
@@ -331,7 +332,7 @@ class _Images(NamedTuple):
                 first = int(np.argmax(own != other))
                 raise ValueError(
                     f"{self.run.path} and {run.path} have predictions of different {what} for "
-                    f"{name}, although both name one packed set (first: row {first}, "
+                    f"{name}, although both name the same packed set (first: row {first}, "
                     f"{own[first]!a} and {other[first]!a}); evaluate both again"
                 )
 
@@ -344,10 +345,10 @@ def _measure_set(
 ) -> tuple[dict[str, _Right], Units | None]:
     """Measure each row whose runs all have predictions of a set.
 
-    `sums` are, of each average that the set is part of, the rows' replicates.
+    `sums` has the rows' replicates for each average that includes the set; they are added there.
 
     Returns:
-        What each row has right, and which images are drawn together.
+        The right images of each row, and the images that are drawn together.
     """
     images: _Images | None = None
     units: Units | None = None
@@ -373,7 +374,7 @@ def _measure_set(
             drawn_R = wider(drawn_R, paired.redraw(together, draws))
         for of_average in sums:
             of_average[row].add(drawn_R)
-        # Wilson's is about images that are drawn one by one
+        # Wilson's interval is valid only for independent images
         bootstrap = paired.summarise(gains.mean, drawn_R).interval
         interval = None if len(members) == 1 and units is None else bootstrap
         found.sets[row, name] = _set_measures(found.classes[name], read, right, interval)
@@ -382,7 +383,7 @@ def _measure_set(
 
 
 def _draws(*names: str) -> np.random.Generator:
-    """Return the draws of a row or pair: the same whatever else is in the report."""
+    """Seed the draws of a row or pair by its names, so that other rows do not change them."""
     return np.random.default_rng(list("\0".join(names).encode()))
 
 
@@ -397,9 +398,9 @@ def _set_measures(
     right: _Right,
     interval: Interval | None,
 ) -> SetMeasures:
-    """Measure a row; its interval is Wilson's if it is not given."""
+    """Measure a row; its interval is Wilson's if none is given."""
     images = len(read[0].label)
-    # labels may have gaps, as in ImageNet-R
+    # labels may have gaps, as in ImageNet-R, so classes are numbered by position
     class_N = np.searchsorted(classes.label_K, read[0].label)
     correct_SK = np.stack(
         [accuracy.per_group(one.right, class_N, len(classes.label_K))[0] for one in read]
@@ -437,18 +438,18 @@ def _numbers(rows: Predictions, correct_K: np.ndarray, images_K: np.ndarray) -> 
 def _compare(
     found: Measures, rights: Mapping[str, _Right], name: str, units: Units | None
 ) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
-    """Compare each two rows on a set; yield (row, other) and their replicates."""
+    """Compare all pairs of rows on a set; yield (row, other) and their replicates."""
     if len(rights) < 2:
         return
     right_RN = np.concatenate([one.right_SN for one in rights.values()]).astype(np.float32)
-    # numbers of images below 2^24, which float32 has exactly
+    # float32 is exact for counts below 2^24, which IMAGES guarantees
     both_RR = np.rint(right_RN @ right_RN.T).astype(np.int64)
     firsts = np.cumsum([0, *(len(one.seeds) for one in rights.values())])
     at = {row: range(*firsts[place : place + 2]) for place, row in enumerate(rights)}
     hits = {row: one.hits() for row, one in rights.items()}
     totals = {row: units.total(hits_N) for row, hits_N in hits.items()} if units else {}
     images = right_RN.shape[1]
-    # a later row of the table against an earlier one, as a method against its baselines
+    # a later row of the table against an earlier one, like a method against its baselines
     for other, row in combinations(rights, 2):
         one, two = rights[row], rights[other]
         gains = paired.tally(hits[row], len(one.seeds), hits[other], len(two.seeds))
@@ -467,14 +468,14 @@ def _compare(
             gains.gained,
             gains.lost,
             tuple(((gained - lost) / images).tolist()),
-            # the test is one of images that are independent
+            # McNemar's test assumes independent images
             () if units else tuple(paired.mcnemar_p(gained, lost).tolist()),
         )
         yield (row, other), drawn_R
 
 
 def _matched(one: Sequence[int], two: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the places of seeds that are compared: equal ones, or else each with each."""
+    """Pair the indices of seeds to compare: equal seeds, or else each with each."""
     if set(one) == set(two):
         return [(place, list(two).index(seed)) for place, seed in enumerate(one)]
     return [(a, b) for a in range(len(one)) for b in range(len(two))]

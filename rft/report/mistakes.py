@@ -1,8 +1,8 @@
-"""Where a row is wrong: its classes, which it confuses, its most confident mistakes. Pure.
+"""The mistakes of a row: accuracy of classes, confusions, most confident mistakes. Pure.
 
 Pairs, matrix and images are those of a row's first seed; accuracies are the mean over seeds.
 
-Shapes: N images of a set, K classes that its labels or predictions have.
+Shapes: N images of a set, K classes among its labels or predictions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from rft.report.measures import SetClasses, SetMeasures
     from rft.report.tables import Row
 
-ROWS = 8  # of a page
-CLASSES = 40  # of a row's table: the worst
-PAIRS = 15  # of classes that are confused
-MATRIX = 30  # classes of a matrix; of more, the pairs say enough
-CONFIDENT = 12  # mistakes of a row that are shown
-LETTERS = 60  # of a class's name or a key
-BYTES = 400_000  # of a page's thumbnails of mistakes
+ROWS = 8  # rows on a page
+CLASSES = 40  # the worst classes in a row's table
+PAIRS = 15  # pairs of confused classes
+MATRIX = 30  # most classes of a matrix; for more, the pairs are enough
+CONFIDENT = 12  # mistakes shown per row
+LETTERS = 60  # limit of a class's name or a key
+BYTES = 400_000  # limit of a page's thumbnails of mistakes
 
 
 class Confused(NamedTuple):
-    """Images of one class that are taken for another."""
+    """Images of one class that are predicted as another."""
 
     label: int
     prediction: int
@@ -49,20 +49,20 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Mistakes:
-    """What is kept of a row's mistakes on a set; bounded, whatever the set's size."""
+    """A row's mistakes on a set; its size does not depend on that of the set."""
 
     predicted: int = 0
     """Classes that are predicted for at least one image."""
     wrong: int = 0
     """Images whose prediction is wrong."""
     pairs: tuple[Confused, ...] = ()
-    """The most frequent, in falling order."""
+    """The most frequent confusions, in falling order."""
     confident: tuple[Mistake, ...] = ()
-    """The most confident, in falling order."""
+    """The most confident mistakes, in falling order."""
     label_K: tuple[int, ...] = ()
     """Rows and columns of the matrix."""
     matrix_KK: np.ndarray | None = None
-    """Images of each class (row) by prediction (column); None of more than `MATRIX` classes."""
+    """Images of each class (row) by prediction (column); None for more than `MATRIX` classes."""
 
 
 def find(rows: Predictions) -> Mistakes:
@@ -73,7 +73,7 @@ def find(rows: Predictions) -> Mistakes:
         axis=0,
         return_counts=True,
     )
-    # of equal ones the first by label: np.unique sorts, and the sort is stable
+    # ties are ordered by label, because np.unique sorts and this sort is stable
     order_P = np.argsort(-count_P, kind="stable")[:PAIRS]
     order_M = np.lexsort((rows.key[wrong_M], -rows.confidence[wrong_M]))[:CONFIDENT]
     label_K, place_N = np.unique(np.concatenate([rows.label, rows.prediction]), return_inverse=True)
@@ -106,12 +106,12 @@ def find(rows: Predictions) -> Mistakes:
 
 
 def brief(name: str) -> str:
-    """Return a name for the page: a third party's may be long, and stands in many places."""
+    """Shorten a name for the page: untrusted names may be long, and appear many times."""
     return printable(name, LETTERS)
 
 
 class ClassLine(NamedTuple):
-    """A class and how often it is right, in percent."""
+    """A class and its accuracy, in percent."""
 
     name: str
     images: int
@@ -121,9 +121,10 @@ class ClassLine(NamedTuple):
 
 
 def class_lines(classes: "SetClasses", found: "SetMeasures") -> list[ClassLine]:
-    """Return the classes of a set with a row's accuracies, the worst first, at most `CLASSES`.
+    """List the classes of a set with a row's accuracies, the worst first, at most `CLASSES`.
 
-    Intervals are Wilson's of the images of that class; of several seeds, as if their mean were one.
+    Intervals are Wilson's, for the images of the class. The mean of several seeds is treated like
+    the count of one.
     """
     share_K = found.class_correct_K / classes.images_K
     lines = []
@@ -137,7 +138,7 @@ def class_lines(classes: "SetClasses", found: "SetMeasures") -> list[ClassLine]:
 
 @dataclass(frozen=True, kw_only=True)
 class RowMistakes:
-    """What a page shows of a row."""
+    """The mistakes of a row, as the page shows them."""
 
     row: "Row"
     classes: list[ClassLine]
@@ -152,7 +153,7 @@ def of_rows(
     classes: "SetClasses",
     name: str,
 ) -> list[RowMistakes]:
-    """Return what is shown of the first rows that have predictions of a set."""
+    """Collect the mistakes of the first rows that have predictions of a set."""
     found = []
     for row in rows:
         one = sets.get((row.name, name))
@@ -172,7 +173,7 @@ class Pictures:
 
     @staticmethod
     def of(found: Mapping[int, bytes]) -> "Pictures":
-        """Take pictures in their order for as long as the page has room."""
+        """Take pictures in order, as long as the page has space."""
         numbers, kept, room = {}, [], BYTES
         for sample, picture in found.items():
             room -= len(picture)
@@ -182,5 +183,5 @@ class Pictures:
         return Pictures(numbers=numbers, pictures=kept)
 
     def styles(self) -> str:
-        """Return a style sheet with the pictures; it has no text of others."""
+        """Make a style sheet with the pictures; it contains no untrusted text."""
         return thumbnails.styles("mistake", self.pictures)

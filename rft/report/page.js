@@ -1,5 +1,5 @@
-// What the page can do beyond being read: sorting, differences to a row, highlighting, sliders. The
-// page is complete without this script, which makes its own controls, so that none is there without it.
+// Interaction of the page: sorting, differences to a row, highlighting, sliders. The page is complete
+// without this script. The script creates its own controls, so that none appears without it.
 "use strict";
 {
   const data = JSON.parse(document.getElementById("page-data").textContent);
@@ -11,7 +11,7 @@
     return element;
   }
 
-  // One tab stop for all elements of a selector; keys (name -> how many places) move between them.
+  // One tab stop for all elements of a selector; keys (name -> offset) move between them.
   function rove(container, selector, keys) {
     const found = () => [...container.querySelectorAll(selector)];
     found().forEach((item, place) => { item.tabIndex = place ? -1 : 0; });
@@ -28,7 +28,7 @@
     });
   }
 
-  // Sorting: a header's button goes through its two orders and back to the order of the page.
+  // Sorting: a header's button cycles through its two orders and the order of the page.
 
   function number(row, column) {
     const text = row.cells[column].textContent.replaceAll(",", "");
@@ -45,7 +45,7 @@
     return isNaN(a) || isNaN(b) ? isNaN(a) - isNaN(b) : sign * (a - b);
   }
 
-  // Returns a function that sorts again, for cells that have changed.
+  // Returns a function that re-sorts the table after its cells have changed.
   function sortable(table) {
     const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows[0].cells];
     let sorted = 0, order = "";
@@ -53,14 +53,14 @@
       const found = [...rows];
       if (order) found.sort((a, b) => compare(a, b, sorted, order === "ascending" ? 1 : -1));
       table.tBodies[0].append(...found);
-      // the keyboard enters at the top, whatever row that is now
+      // the keyboard enters at the row that is now at the top
       found.forEach((row, place) => { row.cells[0].tabIndex = place ? -1 : 0; });
       heads.forEach((head, column) => {
         head.setAttribute("aria-sort", order && column === sorted ? order : "none");
       });
     }
     heads.forEach((head, column) => {
-      // names from A on, numbers from the largest on
+      // names start with A, numbers with the largest
       const orders = column ? ["descending", "ascending", ""] : ["ascending", "descending", ""];
       const button = make("button", { type: "button" }, ...head.childNodes);
       button.addEventListener("click", () => {
@@ -75,14 +75,14 @@
     return sort;
   }
 
-  // Differences to a row that is chosen, in place of the accuracies.
+  // Differences to a selected row, in place of the accuracies.
 
   function signed(value) {
     const text = Math.abs(value).toFixed(2);
     return `${value < 0 && Number(text) ? "-" : "+"}${text}`;
   }
 
-  // Returns what is in a cell: the difference, and below it its interval where there is one.
+  // Returns the content of a cell: the difference and, below it, its interval if there is one.
   function difference(row, other, column) {
     const a = data.means[row][column], b = data.means[other][column];
     if (a === null || b === null) return [data.absent];
@@ -103,7 +103,7 @@
     const cells = rows.map((row) => [...row.cells].slice(2));
     const accuracies = cells.map((line) => line.map((cell) => [...cell.childNodes]));
     const note = make("output", { class: "muted" });
-    // off: some browsers put a choice back after a reload, which the table does not show then
+    // off, because some browsers restore a selection after a reload and the table would not show it
     const select = make("select", { autocomplete: "off" }, make("option", { value: "" }, "accuracy"), ...rows.map(
       (row, place) => make("option", { value: place }, `difference to ${row.cells[0].textContent}`),
     ));
@@ -114,12 +114,12 @@
         cell.replaceChildren(...(against ? difference(row, Number(against), column) : kept));
       }));
       const measured = data.pairs.flat(2).some(Boolean)
-        ? "Below it the 95% interval of test images drawn anew. "
+        ? "Below it is the 95% interval for resampled test images. "
           + `${data.mark}: it excludes 0, and every seed's own difference has its sign.`
         : "Without predictions there are no intervals.";
       const others = rows.length > data.pairs.length
-        ? ` Intervals are of the first ${data.pairs.length} rows.` : "";
-      // beside the controls, which are not printed
+        ? ` Only the first ${data.pairs.length} rows have intervals.` : "";
+      // outside the controls, which are not printed
       note.textContent = !against ? ""
         : `Difference to ${rows[against].cells[0].textContent}, in points. ${measured}${others}`;
       sort();
@@ -133,7 +133,7 @@
     if (table.closest("#accuracy") && table.tBodies[0].rows.length > 1) differences(table, sort);
   }
 
-  // The row under the pointer, or with the focus, in all tables and figures.
+  // Highlights the row under the pointer, or with the focus, in all tables and figures.
 
   const tied = Map.groupBy(document.querySelectorAll("[data-row]"), (element) => element.dataset.row);
   const tip = make("div", { class: "tip", "aria-hidden": "true", hidden: "" });
@@ -163,7 +163,7 @@
     tip.style.top = `${y + 18 + height > innerHeight ? Math.max(4, y - height - 10) : y + 18}px`;
   }
 
-  // The nearest element of a row within some pixels: curves are thin, fingers are not.
+  // Finds the nearest element of a row within a few pixels, because curves are thinner than fingers.
   function nearest(drawing, x, y) {
     for (const radius of [0, 4, 8]) {
       for (let turn = 0; turn < (radius ? 8 : 1); turn++) {
@@ -186,14 +186,14 @@
     });
   }
   document.documentElement.addEventListener("pointerleave", (event) => {
-    // a finger leaves whenever it is lifted
+    // a finger "leaves" whenever it is lifted
     if (event.pointerType !== "mouse") return;
     light(null);
     point(null);
   });
   document.addEventListener("focusin", (event) => {
     const found = event.target.closest("[data-row]");
-    // a click moves the focus, too, and has its own place
+    // a click also moves the focus, but is handled above with its own position
     if (!found || !event.target.matches(":focus-visible")) return;
     light(found.dataset.row);
     const { left, bottom } = found.getBoundingClientRect();
@@ -226,7 +226,7 @@
     }
     for (const entry of entries) entry.classList.add("pressable");
     drawing.before(make("p", { class: "controls muted" },
-      "Choose entries of the legend to see their curves alone; Escape shows all."));
+      "Select entries of the legend to see only their curves; Escape shows all."));
     drawing.addEventListener("click", (event) => {
       const found = nearest(drawing, event.clientX, event.clientY);
       if (found && legend.contains(found)) toggle(found.dataset.row);
@@ -248,13 +248,13 @@
   for (const drawing of document.querySelectorAll(".drawing")) {
     const legend = drawing.querySelector("[id*=legend]:has([data-row])");
     const stops = new Map();
-    // of a legend's entry its text, of a point its marker, of a panel the whole
+    // the stop of a row: the text of its legend entry, the marker of its point, or its panel
     const plain = drawing.querySelector(".point") ? ".point" : "[data-row]";
     const wanted = legend ? "[id*=legend] [data-row]:has(text)" : plain;
     for (const element of drawing.querySelectorAll(wanted)) {
       if (!stops.has(element.dataset.row)) stops.set(element.dataset.row, element);
     }
-    // as an image it would have no parts
+    // role "img" would hide the parts from screen readers
     drawing.setAttribute("role", "group");
     for (const [id, stop] of stops) {
       const { name, numbers } = data.rows[id];
@@ -268,7 +268,7 @@
 
   // Sliders.
 
-  // Returns a labelled slider over `texts` and the output that names what it shows.
+  // Returns a labelled slider over `texts`, with an output that names the current picture or value.
   function slider(label, texts, start, show) {
     const list = make("datalist", { id: `steps-${document.querySelectorAll("datalist").length}` },
       ...texts.map((text, place) => make("option", { value: place, label: text })));
@@ -286,7 +286,7 @@
     return make("div", { class: "controls" }, make("label", {}, `${label} `, range), list, output);
   }
 
-  // The points of each WiSE family at one alpha, of those that were evaluated.
+  // Marks the points of each WiSE family at one of the evaluated alphas.
   const wise = document.querySelector(".drawing[data-figure=wise]");
   const families = Object.entries(data.paths);
   const alphas = [...new Set(families.flatMap(([, path]) => path.map(([alpha]) => alpha)))];
@@ -314,7 +314,7 @@
     }));
   }
 
-  // One of several pictures, such as the gallery's steps; the last one is shown first.
+  // Shows one of several pictures, such as the gallery's steps; the last one at first.
   for (const frames of document.querySelectorAll(".frames")) {
     const all = [...frames.querySelectorAll("figure[data-label]")];
     if (all.length < 2) continue;

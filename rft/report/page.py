@@ -1,4 +1,4 @@
-"""The report's files: index.html with everything in it, and each part on its own.
+"""Writes the report's files: index.html with everything, and files with the single parts.
 
 Every file is replaced atomically; index.html is written last.
 """
@@ -48,10 +48,10 @@ from rft.statistics.robustness import Line
 from rft.storage import files
 from rft.text import plain
 
-WIDTH = 80  # columns of text that are not a terminal
+WIDTH = 80  # columns of text outside a terminal
 UNKNOWN = "not recorded"
-SVG_BYTES = 1_500_000  # of a figure in the page; a larger one is shown as PNG
-PRINTED = 24  # rows of a table of every row against every other that is printed
+SVG_BYTES = 1_500_000  # limit of a figure in the page; a larger one is shown as PNG
+PRINTED = 24  # most rows of a table of every row against every other that is printed on paper
 FIGURES = ("scatter", "wise", "curves", "calibration")
 PICTURES = (
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
@@ -60,7 +60,7 @@ PICTURES = (
 
 
 class Picture(NamedTuple):
-    """A picture as files have it; a gallery has no SVG."""
+    """A picture in its file formats; a gallery has no SVG."""
 
     png: bytes
     svg: str = ""
@@ -68,20 +68,20 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything a report says."""
+    """The complete content of a report."""
 
     runs: list[Run]
     rows: list[Row]
     """Every row."""
     shown: list[Row]
-    """Those without the WiSE models that only files and Fig. 7 have."""
+    """All rows but the WiSE models that appear only in files and Fig. 7."""
     measures: Measures
     summary: Summary
     tables: list[TextTable]
     """Results, and differences if there are any, of the rows that are shown."""
     beside: Beside | None
     pictures: dict[str, Picture]
-    """Name -> picture, of those that the runs have something to draw for."""
+    """Name -> picture, of those for which the runs have data."""
     frames: dict[int, bytes]
     """Step -> WebP of the gallery's images at that step, ascending."""
     gallery_run: Run | None
@@ -90,18 +90,18 @@ class Report:
 
     @property
     def hidden(self) -> int:
-        """Return how many WiSE models only files and Fig. 7 have."""
+        """Number of WiSE models that appear only in files and Fig. 7."""
         return len(self.rows) - len(self.shown)
 
     @property
     def reference(self) -> Row:
-        """Return the row that gains and losses are shown against: vanilla, or else the first."""
+        """The row that others are compared with: the first baseline, or else the first row."""
         return next(iter(tables.baselines(self.shown)), self.shown[0])
 
     def text(self) -> str:
-        """Return the tables as plain text."""
+        """Format the tables as plain text."""
         stream = io.StringIO()
-        # the same text whatever FORCE_COLOR, TTY_COMPATIBLE and COLUMNS are set to
+        # these arguments override FORCE_COLOR, TTY_COMPATIBLE and COLUMNS
         show(self, Console(file=stream, width=WIDTH, color_system=None, force_terminal=False))
         # rich pads each line to the table's width
         return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
@@ -118,11 +118,11 @@ def write_report(
     """Read run folders and write the report's files to the folder `out`.
 
     Files of an earlier report there are replaced or removed. With a data root, the page shows
-    images that were gained and lost, of at most so many million pixels. `chosen` is the run folder
-    of the model that was chosen without test images.
+    images that were gained and lost, each of at most `max_pixels` million pixels. `chosen` is the
+    run folder of the model that was chosen without test images.
 
     Raises:
-        ValueError: if the runs do not belong in one table, a file is malformed, or a set below
+        ValueError: if the runs cannot be compared in one table, a file is malformed, or a set below
             `data` is not the one that was evaluated.
     """
     files.require_local(out, "--out")
@@ -132,7 +132,7 @@ def write_report(
     wrong = mistakes_of(report, data, max_pixels) if data else None
     names = photo_names.read(files.join(data, mistakes_set(report))) if data else {}
     page = render(report, images, wrong, names)
-    # index.html is the last: when it appears, everything beside it is of this report
+    # index.html is last: when it appears, all files beside it belong to this report
     for name, content in {**documents(report), "index.html": page.encode()}.items():
         if content is not None:
             files.write_bytes(str(out / name), content)
@@ -142,7 +142,7 @@ def write_report(
 
 
 def documents(report: Report) -> dict[str, bytes | None]:
-    """Return file name -> content of everything but the page; None where there is nothing."""
+    """Make all files but the page, as file name -> content; None for files to remove."""
     measured, paper = report.measures, report.beside
     found: dict[str, bytes | None] = {}
     for name in PICTURES:
@@ -169,11 +169,11 @@ def documents(report: Report) -> dict[str, bytes | None]:
 def compose(
     runs: list[Run], line: Line | None = None, *, draw: bool = True, chosen: Path | None = None
 ) -> Report:
-    """Make tables, statistics and pictures of runs that were read; without pictures if not asked.
+    """Make tables, statistics and, if `draw`, pictures of runs.
 
     Raises:
-        ValueError: if a file of predictions, or a gallery, is malformed, or the chosen run is none
-            of the runs.
+        ValueError: if a file of predictions or a gallery is malformed, or `chosen` is not one of
+            the runs.
     """
     rows = tables.result_rows(runs, line)
     chosen_row = None if chosen is None else _row_of(chosen, runs, rows)
@@ -208,12 +208,12 @@ def compose(
 
 
 def _row_of(path: Path, runs: Sequence[Run], rows: Sequence[Row]) -> Row:
-    """Return the row of a run folder; raises ValueError if it is none of the runs."""
+    """Find the row of a run folder; raises ValueError if it is not one of the runs."""
     names = {run.row for run in runs if Path(run.path).resolve() == path.resolve()}
     for row in rows:
         if row.name in names:
             return row
-    raise ValueError(f"--chosen {path} is none of the runs that are shown")
+    raise ValueError(f"--chosen {path} is not among the runs of the report")
 
 
 def _pictures(
@@ -234,18 +234,18 @@ def _pictures(
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the tables of the runs, and where the paper's numbers are."""
+    """Print the tables of the runs, and a pointer to the paper's numbers."""
     if any(run.config.scale == "miniature" for run in report.runs):
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
     for table in report.tables:
         console.print(tables.console_table(table))
         console.print()
     if report.beside is not None:
-        console.print("The paper's numbers stand beside these in index.html and paper.md.")
+        console.print("index.html and paper.md compare these numbers with the paper's.")
 
 
 def flips_of(report: Report, data: str, max_pixels: float) -> Flips:
-    """Return the images behind the classes that the page lists, from the sets of a data root."""
+    """Find the images behind the classes that the page lists, in the sets of a data root."""
     targets = details.targets(report.shown)
     return find_flips(
         tables.by_row(report.runs),
@@ -259,13 +259,13 @@ def flips_of(report: Report, data: str, max_pixels: float) -> Flips:
 
 
 def mistakes_set(report: Report) -> str:
-    """Return the set whose mistakes are shown: the first of the main columns' sets."""
+    """Choose the set whose mistakes are shown: the first set of the main columns."""
     name = details.targets(report.shown)[0]
     return next(one for one in tables.sets_of(name))
 
 
 def mistakes_of(report: Report, data: str, max_pixels: float) -> Pictures:
-    """Return thumbnails of the most confident mistakes, from the set of a data root."""
+    """Make thumbnails of the most confident mistakes, from the set of a data root."""
     name = mistakes_set(report)
     found = report.measures.sets
     wanted = {
@@ -274,7 +274,7 @@ def mistakes_of(report: Report, data: str, max_pixels: float) -> Pictures:
         if (row.name, name) in found
         for one in found[row.name, name].mistakes.confident
     }
-    # an absent set is named where gained and lost images are (rft.report.flips)
+    # a missing set is reported with the gained and lost images (rft.report.flips)
     if not wanted or not files.exists(files.join(data, name, MANIFEST)):
         return Pictures()
     count = next(run.counts[name] for run in report.runs if name in run.counts)
@@ -288,9 +288,9 @@ def render(
     wrong: Pictures | None = None,
     names: Mapping[str, str] | None = None,
 ) -> str:
-    """Return index.html; everything that comes from a file is escaped.
+    """Render index.html; all text from files is escaped.
 
-    `names` are the paths of own photos by key.
+    `names` maps the keys of own photos to their paths.
     """
     made = environment()
     made.filters |= {"brief": mistakes.brief, "settings": shown_settings, "heading": heading}
@@ -336,7 +336,7 @@ def render(
 
 
 def rows_mistakes(report: Report) -> list[RowMistakes]:
-    """Return what the page shows of where rows are wrong."""
+    """Collect the mistakes of rows that the page shows."""
     measured, name = report.measures, mistakes_set(report)
     classes = measured.classes.get(name)
     if classes is None:
@@ -345,12 +345,12 @@ def rows_mistakes(report: Report) -> list[RowMistakes]:
 
 
 def _chosen_first(report: Report) -> list[Row]:
-    """Return the rows that are shown, the chosen one first."""
+    """Sort the rows that are shown, the chosen one first."""
     return sorted(report.shown, key=lambda row: row != report.chosen)
 
 
 def meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return (row, what it is) of the rows whose recipe rft knows."""
+    """List (row, description) of the rows whose recipe is one of rft's."""
     found = []
     for row in rows:
         wise = tables.wise_model(row.recipe)
@@ -362,12 +362,12 @@ def meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _named(targets: Sequence[str], make: Any) -> list[tuple[str, Any]]:
-    """Return (heading, what is made of a column) for each column that something is made of."""
+    """List (heading, result of `make`) of each column whose result is not empty."""
     return [(heading(name), made) for name in targets if (made := make(name))]
 
 
 def class_changes(report: Report, targets: Sequence[str]) -> list[tuple[Row, list[Any]]]:
-    """Return (row, (heading, gains, losses) of each column) against the reference row."""
+    """List (row, (heading, gains, losses) of each column) against the reference row."""
     found = []
     for row in report.shown[: measures.COMPARED]:
         lists = [
@@ -385,19 +385,19 @@ MODULES = {"merge": "rft.merge", "import": "rft.convert", "ensemble": "rft.ensem
 
 
 def command(run: Run) -> str:
-    """Return the command that started a run, ready to paste; empty if it was not recorded."""
+    """Rebuild the command that started a run, ready to paste; empty if it was not recorded."""
     words = list(run.provenance.command)
-    # what python -m makes of a module's name
+    # python -m records the module as __main__.py
     if words[:1] == ["__main__.py"]:
         config = run.config
         made = [by for name, by in ORIGINS.items() if getattr(config, name) is not None]
         words[:1] = ["python", "-m", MODULES[made[0]] if made else "rft.train"]
-    # hidden letters are escaped after quoting: a line with such is for reading
+    # invisible characters are escaped after quoting; a line with them is for reading only
     return plain(shlex.join(words))
 
 
 def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return (ours, the paper's) name of each system of Fig. 7 among the rows, if they differ."""
+    """List (our name, the paper's name) of each system of Fig. 7 among the rows, if they differ."""
     families = {wise.family for row in rows if (wise := tables.wise_model(row.recipe)) is not None}
     # FIGURE_7 names families: wise-ft, not wise-ft-0.5
     names = families | {row.recipe for row in rows}
@@ -407,21 +407,21 @@ def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _shown(picture: Picture) -> dict[str, Any]:
-    """Return a picture for the page: its SVG if that is small, or else its PNG at half its pixels.
+    """Prepare a picture for the page: its SVG if that is small, or else its PNG at half its pixels.
 
-    The size of a PNG is in its header.
+    The size of a PNG is read from its header.
     """
     if picture.svg and len(picture.svg) <= SVG_BYTES:
-        # marked as safe in the template: the writer escapes texts (rft.report.svg)
+        # the template marks it as safe, because the SVG writer escapes its texts (rft.report.svg)
         return {"svg": svg.themed(picture.svg, plots.NEUTRAL)}
-    # the first chunk of a PNG is its header, whose data begin at byte 16
+    # the first chunk of a PNG is its header; width and height are at bytes 16 and 20
     width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))
     source = data_url("png", picture.png)
     return {"svg": "", "source": source, "width": width // 2, "height": height // 2}
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:
-    """List code and packages of the runs: one line, or one for each difference with its count."""
+    """List code and packages of the runs: one line, or one per difference with its count."""
     lines = Counter(_provenance(run.provenance) for run in runs)
     if len(lines) == 1:
         return list(lines)

@@ -1,8 +1,8 @@
-"""Accuracy in and out of distribution against each other (Fig. 6 and 7), and the training curves.
+"""Plots: accuracy out of distribution over accuracy in distribution (Fig. 6, 7), and others.
 
-Figures are made through matplotlib's object interface; no global state. Artists of one row are tied
-to its id, for a page's scripts. Recipes differ by marker and fill as well as by colour (Okabe and
-Ito's, safe for the colour-blind).
+The others are training curves and calibration. Figures use matplotlib's object interface, without
+global state. The artists of a row are tied to its id, for the page's script. Recipes differ by
+marker and fill as well as by colour (Okabe and Ito's, safe for colour-blind readers).
 """
 
 import contextlib
@@ -45,14 +45,14 @@ from rft.report.tables import (
 from rft.runs.records import Metrics
 from rft.statistics.calibration import Bins
 
-MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
-POINTS = 500  # of a curve; a panel is 600 pixels wide
-HEIGHT = 3.7  # inches of the curves with up to 8 lines of legend below them
-LED = DPI / 11  # pixels from a marker to its label that want a line between them
+MODELS = 64  # limit of a picture; the time to place labels grows with the square of their number
+POINTS = 500  # limit of a curve; a panel is 600 pixels wide
+HEIGHT = 3.7  # inches of the curves, with up to 8 lines of legend below them
+LED = DPI / 11  # from this distance in pixels on, a line leads from a marker to its label
 
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
 NEUTRAL = {INK: "--ink", MUTED: "--muted", GRID_LINE: "--rule", LIGHT: "--ground"}
-"""Colour -> property of the page that takes its place there."""
+"""Colour -> CSS property that replaces it on the page."""
 
 Dashes = tuple[float, tuple[float, ...]]  # matplotlib's (offset, on and off)
 SOLID: Dashes = (0.0, ())
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Style:
-    """How a recipe is drawn."""
+    """Colour, marker and line of a recipe."""
 
     color: str
     marker: str
@@ -81,7 +81,7 @@ FILL_STYLES = {
 
 
 def style(recipe: str) -> Style:
-    """Return the style of a recipe; unknown ones are grey pentagons."""
+    """Look up the style of a recipe; unknown ones are grey pentagons."""
     fixed = {
         "zero-shot": Style("#222222", "*", size=11, line=(0.0, (4, 2))),
         "linear-probe": Style("#56b4e9", "<", line=(0.0, (1, 1.2))),
@@ -91,7 +91,7 @@ def style(recipe: str) -> Style:
         "greedy-soup": Style("#8c6d46", "P", size=8, hollow=True),
         "model-stock": Style("#8c6d46", "p", size=8),
         "no-mask": Style("#aa4a8c", "s", size=6.5),
-        # held in weight space, and by texts
+        # regularised in weight space (green), and by texts (violet)
         "l2-sp": Style("#1b7a5a", "D", size=6.5),
         "spd": Style("#1b7a5a", "D", size=6.5, hollow=True),
         "ftp": Style("#1b7a5a", "8", size=7),
@@ -122,14 +122,14 @@ def style(recipe: str) -> Style:
 
 
 def looks(rows: Sequence[Row]) -> dict[str, Style]:
-    """Return each row's style, by its name; several settings of one recipe differ in colour."""
+    """Map row names to styles; several settings of one recipe differ in colour."""
     found = {}
     for row in rows:
         same = [other.name for other in rows if other.recipe == row.recipe]
         look = style(row.recipe)
         if len(same) > 1:
             share = same.index(row.name) / (len(same) - 1)
-            # the map's last colours are too light for a white ground
+            # the last colours of viridis are too light for a white background
             color = to_hex(matplotlib.colormaps["viridis"](0.85 * share))
             look = replace(look, color=color)
         found[row.name] = look
@@ -141,18 +141,18 @@ class Mark:
     """One model in a picture of two accuracies."""
 
     id: str
-    """Of its row."""
+    """Id of its row."""
     label: str
     look: Style
     x: Spread
     y: Spread
     minor: bool = False
-    """One of many on a path: drawn small, without bars."""
+    """Whether it is one of many on a path, and drawn small without bars."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What joins marks."""
+    """A line through marks."""
 
     color: str
     dashes: Dashes
@@ -160,7 +160,7 @@ class Line:
 
 
 def accuracy_points(rows: Sequence[Row]) -> dict[str, tuple[Spread, Spread]]:
-    """Return name of a row -> (ImageNet accuracy, OOD average) where there are both."""
+    """Map row names to (ImageNet accuracy, OOD average), for rows that have both."""
     return {
         row.name: (row.cells[ID_COLUMN], row.cells[OOD_COLUMN])
         for row in rows
@@ -169,9 +169,9 @@ def accuracy_points(rows: Sequence[Row]) -> dict[str, tuple[Spread, Spread]]:
 
 
 def scatter(rows: Sequence[Row]) -> Figure | None:
-    """Return the ID-against-OOD picture (Fig. 6), or None if no row has both numbers.
+    """Draw OOD over ID accuracy (Fig. 6); None if no row has both numbers.
 
-    Error bars are one sample standard deviation over seeds. Of each WiSE family it has one model.
+    Error bars are one sample standard deviation over seeds. Each WiSE family has one model.
     """
     points, styles = accuracy_points(rows), looks(rows)
     drawn = [row for row in rows if row.name in points]
@@ -185,33 +185,33 @@ def scatter(rows: Sequence[Row]) -> Figure | None:
 
 
 def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
-    """Return WiSE family -> the recipes on its path, from alpha 0 to alpha 1.
+    """Map each WiSE family to the recipes on its path, from alpha 0 to alpha 1.
 
-    Its ends are the zero-shot and the fine-tuned model where they are among the recipes: the same
-    weights as the merged models of alpha 0 and 1, which they replace. A path of the image tower
-    alone ends at the fine-tuned model, and begins beside the zero-shot one.
+    If the zero-shot and the fine-tuned model are among the recipes, they are the ends. They have
+    the weights of the merged models of alpha 0 and 1, and replace these. A path of the image tower
+    alone ends at the fine-tuned model, but does not begin at the zero-shot one.
     """
     paths: dict[str, dict[float, str]] = {}
     for recipe in sorted(recipes, key=order):
         if (wise := wise_model(recipe)) is not None:
             ends = {1.0: wise.end} if wise.tower else {0.0: "zero-shot", 1.0: wise.end}
             present = {alpha: end for alpha, end in ends.items() if end in recipes}
-            # the ends are there first, so a merged model of alpha 0 or 1 does not replace them
+            # the ends are entered first, so a merged model of alpha 0 or 1 does not replace them
             paths.setdefault(wise.family, present).setdefault(wise.alpha, recipe)
     return {family: [path[alpha] for alpha in sorted(path)] for family, path in paths.items()}
 
 
 def alpha_of(recipe: str) -> float:
-    """Return the alpha of a recipe on a path of `wise_paths`; its ends' names have none."""
+    """Find the alpha of a recipe on a path of `wise_paths`; the names of the ends have none."""
     wise = wise_model(recipe)
     return wise.alpha if wise is not None else float(recipe != "zero-shot")
 
 
 def wise_picture(rows: Sequence[Row]) -> Figure | None:
-    """Return the picture of integrating WiSE-FT (Fig. 7), or None without such a model.
+    """Draw the integration of WiSE-FT (Fig. 7); None without such a model.
 
-    A line follows a WiSE family over alpha; a dotted one leads from a fine-tuned model to the same
-    training with knowledge distillation from a WiSE-FT model. Bars only on points with a name.
+    A line follows a WiSE family over alpha. A dotted line leads from a fine-tuned model to the same
+    training with knowledge distillation from a WiSE-FT model. Only points with a name have bars.
     """
     points = accuracy_points(rows)
     paths = wise_paths(points)
@@ -223,7 +223,7 @@ def wise_picture(rows: Sequence[Row]) -> Figure | None:
         through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
         return Line(look.color, dashes, through)
 
-    # all of a family have one style: 0.5 stands for any alpha
+    # a family has one style, so 0.5 stands for any alpha
     lines = [line(path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
     included = {"zero-shot", *students, *(name for path in paths.values() for name in path)}
     for student in students:
@@ -236,7 +236,7 @@ def wise_picture(rows: Sequence[Row]) -> Figure | None:
     marks = []
     for name, (x, y) in points.items():
         if name in included:
-            # one model of each family has its whole name, the others of the path only alpha
+            # one model per family is labelled with its full name, the others with alpha only
             wise = None if name in named else wise_model(name)
             label = name if wise is None else f"{wise.alpha:g}"
             marks.append(Mark(ids[name], label, style(name), x, y, minor=wise is not None))
@@ -244,12 +244,12 @@ def wise_picture(rows: Sequence[Row]) -> Figure | None:
 
 
 def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> Figure:
-    """Return the first marks, and lines, in the plane of ImageNet accuracy and OOD average."""
+    """Draw the first `MODELS` marks, and lines, by ImageNet accuracy and OOD average."""
     figure, axes = _axes(8.2, 5.6, 1)
     if left_out := _left_out(len(marks)):
         axes[0].set_title(left_out, fontsize=8.5, color=MUTED, loc="left")
         marks = marks[:MODELS]
-        # lines know points, not names
+        # lines consist of points, so those of left-out marks are found by position
         there = {(mark.x.mean, mark.y.mean) for mark in marks}
         lines = [
             replace(line, through=through)
@@ -264,14 +264,14 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> Figure:
     for line in lines:
         xs, ys = zip(*line.through, strict=True)
         axes[0].plot(xs, ys, color=line.color, linestyle=line.dashes, linewidth=1, zorder=2)
-    # last: labels are placed in pixels, so nothing may move after them
+    # labels are placed last, in pixels, so nothing may move after them
     figure.tight_layout()
     _label_marks(figure, axes[0], marks, lines)
     return figure
 
 
 def _left_out(count: int) -> str:
-    """Return the line that says that a picture has not all models; empty if it has."""
+    """Make the note of a picture that does not show all models; empty if it does."""
     return f"the first {MODELS} of {count:,} models" if count > MODELS else ""
 
 
@@ -299,7 +299,7 @@ def _draw_mark(axes: Axes, mark: Mark) -> None:
 
 def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Sequence[Line]) -> None:
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # text has no size before
+    canvas.draw()  # text has no size before the first drawing
 
     def pixels(point: Point) -> Point:
         x, y = axes.transData.transform(point)
@@ -320,7 +320,7 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
     ]
     for text, mark in zip(texts, marks, strict=True):
         tie(text, mark.id)
-    # only their sizes count: all texts still lie at the origin
+    # only the sizes matter here: all texts are still at the origin
     extents = [text.get_window_extent(canvas.get_renderer()) for text in texts]
     frame = axes.bbox
     placed = place_labels(
@@ -331,7 +331,7 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         (frame.x0, frame.y0, frame.x1, frame.y1),
     )
     for mark, text, anchor, box in zip(marks, texts, anchors, placed, strict=True):
-        # inches, because an SVG has other pixels
+        # in inches, because the pixels of an SVG differ
         text.set_transform(figure.dpi_scale_trans)
         text.set_position((box[0] / DPI, box[1] / DPI))
         text.set_verticalalignment("bottom")
@@ -341,36 +341,36 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
             look = {"color": text.get_color(), "linewidth": 0.6, "alpha": 0.7, "zorder": 2}
             leader = Line2D(xs, ys, **look)
             tie(leader, mark.id)
-            # not by plot, which asks the axes to rescale: labels are placed in pixels
+            # not axes.plot, which would rescale the axes after the labels were placed in pixels
             axes.add_line(leader)
 
 
 def _occupied(axes: Axes, mark: Mark) -> list[Box]:
-    """Return the pixels that a marker and its error bars cover."""
+    """Compute the boxes, in pixels, that a marker and its error bars cover."""
     x, y = mark.x, mark.y
     cx, cy = axes.transData.transform((x.mean, y.mean))
-    # about half of a marker, and a margin
+    # about half a marker and a margin
     pad = DPI / (25 if mark.minor else 15)
     marker = (cx - pad, cy - pad, cx + pad, cy + pad)
     if mark.minor:
         return [marker]
     left, low = axes.transData.transform((x.mean - (x.sd or 0), y.mean - (y.sd or 0)))
-    # linear axes: bars are as long on the other side
+    # the axes are linear, so bars are equally long on both sides
     right, high = 2 * cx - left, 2 * cy - low
     return [marker, (left, cy - pad / 3, right, cy + pad / 3), (cx - pad / 3, low, cx, high)]
 
 
 class Panel(NamedTuple):
-    """One quantity of metrics.jsonl: its title, and its value in a line that has it."""
+    """One quantity of metrics.jsonl: its title, and how to read it from a line."""
 
     title: str
     value: Callable[[Metrics], float | None]
     is_loss: bool = True
-    """Whether it is a term of the loss, and 0 at every step of a recipe without that term."""
+    """Whether it is a term of the loss, which is 0 at every step of a recipe without that term."""
 
 
 def held_out_percent(line: Metrics) -> float | None:
-    """Return the share of held-out images that were right, in percent."""
+    """Compute the accuracy on held-out images, in percent; None if the line has none."""
     correct, total = line.held_out_correct, line.held_out_total
     return None if correct is None or total is None else 100 * correct / total
 
@@ -388,7 +388,7 @@ PANELS = (
 
 
 def curve(run: Run, panel: Panel) -> dict[int, float]:
-    """Return step -> value of one run; none for a term that its loss does not have."""
+    """Map steps to values of one run; empty for a term that its loss does not have."""
     values = {
         line.step: value
         for line in sorted(run.metrics, key=lambda line: line.step)
@@ -398,17 +398,17 @@ def curve(run: Run, panel: Panel) -> dict[int, float]:
 
 
 def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Return the mean over curves at the steps that all of them have."""
+    """Average curves at the steps that all of them have."""
     steps = sorted(set.intersection(*(set(values) for values in curves)))
     values_LS = np.array([[values[step] for step in steps] for values in curves])
     return dict(zip(steps, values_LS.mean(axis=0).tolist(), strict=True))
 
 
 def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
-    """Return loss terms and held-out accuracy by step, or None if no run has metrics.
+    """Draw loss terms and held-out accuracy by step; None if no run has metrics.
 
-    A thin line is a run, the thick one its row's mean. A row with a single point, such as
-    zero-shot, is a level across the panel.
+    A thin line is a run, a thick line the mean of a row. A row with a single point, such as
+    zero-shot, is a horizontal line across the panel.
     """
     logged = by_row([run for run in runs if run.metrics])
     shown = dict(islice(logged.items(), MODELS))
@@ -424,11 +424,11 @@ def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     names = [name for name in shown if any(name in found[panel] for panel in panels)]
-    # inches that a column of the legend takes: its line and gap, and about so much for each letter
+    # a column of the legend takes 0.65 inches for line and gap, and about 0.08 per letter
     room = 4 * len(panels) / (0.65 + 0.08 * max(map(len, names)))
     columns, left_out = max(1, min(len(names), 5, int(room))), _left_out(len(logged))
     lines_below = math.ceil(len(names) / columns) + bool(left_out)
-    # so many lines leave half of the height to the panels
+    # from 8 lines of legend on, the figure grows with them and the panels keep half of its height
     height = HEIGHT * max(1, lines_below / 8)
     figure, axes = _axes(4 * len(panels), height, len(panels))
     styles, ids = looks(rows), {row.name: row.id for row in rows}
@@ -438,7 +438,7 @@ def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
         for name, lines in found[panel].items():
             for line in _draw_curves(ax, styles[name], lines):
                 tie(line, ids[name])
-    # a line of the legend takes 0.055 of HEIGHT, 0.2 inches
+    # a line of the legend takes 0.2 inches, 0.055 of HEIGHT
     figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
     legend = figure.legend(
         [Line2D([], [], color=styles[n].color, linestyle=styles[n].line, lw=2) for n in names],
@@ -451,7 +451,7 @@ def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
         title_fontproperties={"size": 8.5},
     )
     for text, line, name in zip(legend.get_texts(), legend.get_lines(), names, strict=True):
-        # a run's recipe may have dollar signs, which are no formula
+        # dollar signs in a recipe's name do not mark a formula
         text.set_parse_math(False)
         tie(text, ids[name])
         tie(line, ids[name])
@@ -459,17 +459,17 @@ def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
 
 
 def thinned(line: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Return steps and values of a line's points that are drawn, its last one included."""
+    """Thin a line to at most `POINTS` points, including its last; return steps and values."""
     steps, values = list(line), list(line.values())
     every = math.ceil(len(steps) / POINTS)
-    # counted from the end
+    # counted from the end, so that the last point is kept
     return steps[::-1][::every][::-1], values[::-1][::every][::-1]
 
 
 def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> list[Line2D]:
-    """Draw the runs of a row and their mean; return what was drawn."""
+    """Draw the runs of a row and their mean; return the artists."""
     mean = mean_curve(lines)
-    # a line through one point would not be seen
+    # a line through a single point would be invisible
     if len(mean) == 1:
         level = next(iter(mean.values()))
         return [ax.axhline(level, color=look.color, linestyle=look.line, linewidth=1.2)]
@@ -483,16 +483,16 @@ def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> li
     return drawn
 
 
-CALIBRATED = 24  # rows of the calibration picture
-ACROSS = 6  # of its panels, at most
+CALIBRATED = 24  # most rows of the calibration picture
+ACROSS = 6  # most of its panels side by side
 KINDS = {ID_COLUMN: ("ImageNet", SOLID), OOD_COLUMN: ("OOD", (0.0, (4, 2)))}
 
 
 def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins]) -> Figure | None:
-    """Return a panel for each row: accuracy over confidence, in bins of equal width.
+    """Draw a panel for each row: accuracy over confidence, in bins of equal width.
 
-    `bins` are those of (row, column), where the OOD column is all images of its sets; None if
-    there are none.
+    `bins` maps (row, column) to bins; those of the OOD column are of all images of its sets. None
+    if no row has bins.
     """
     drawn = [row for row in rows if any((row.name, column) in bins for column in KINDS)]
     if not drawn:
@@ -500,7 +500,7 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
     left_out = f"the first {CALIBRATED} of {len(drawn):,} models" if drawn[CALIBRATED:] else ""
     drawn = drawn[:CALIBRATED]
     down = math.ceil(len(drawn) / ACROSS)
-    # as even as they can be: nine are five and four
+    # rows of panels are as even as possible: nine make five and four
     across = math.ceil(len(drawn) / down)
     width, height = 1.0 + 2.0 * across, 0.9 + 2.2 * down
     figure, axes = _axes(width, height, across, down)
@@ -517,16 +517,16 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
                     linewidth=1.4,
                     marker=".",
                 )
-        # the whole panel
+        # ties the complete panel
         tie(ax, row.id)
         title = "\n".join(textwrap.wrap(row.name, 26)[:2])
         ax.set_title(title, fontsize=8, color=INK, loc="left", parse_math=False)
         ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        # all panels have the same scales, and their numbers stand at the outer ones
+        # all panels have the same scales, so only the outer ones have numbers
         ax.tick_params(labelleft=place % across == 0, labelbottom=place + across >= len(drawn))
     for ax in axes[len(drawn) :]:
         ax.set_visible(False)
-    # placed by hand: to measure the texts of so many panels takes longer than to draw them
+    # fixed margins, because measuring the texts of so many panels takes longer than drawing them
     figure.subplots_adjust(
         left=0.85 / width,
         right=1 - 0.15 / width,
@@ -551,9 +551,9 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
 
 
 def _axes(width: float, height: float, across: int, down: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure of some inches with rows of clean axes."""
+    """Make a figure of a size in inches, with a grid of plain axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=LIGHT)
-    # squeeze=False: an array of axes even for one
+    # squeeze=False gives an array even for a single axes
     axes = list(figure.subplots(down, across, squeeze=False).reshape(-1))
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -566,34 +566,34 @@ def _axes(width: float, height: float, across: int, down: int = 1) -> tuple[Figu
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Print what is warned of while pictures are drawn, in one line that any terminal can show.
+    """Summarise the warnings of drawing in one line that any terminal can show.
 
-    matplotlib warns of each letter that its font does not have, and repeats it as it is.
+    matplotlib warns of each character that its font lacks, and prints that character.
     """
     with warnings.catch_warnings(record=True) as found:
-        # whatever -W says: no warning is raised as an error, and each text is kept once
+        # overrides -W: no warning becomes an error, and each text is recorded once
         warnings.simplefilter("default")
         yield
     if found:
         more = f" (and {len(found) - 1} more warnings)" if found[1:] else ""
-        log.info(f"of the pictures, matplotlib says: {found[0].message}{more}", extra=ASIDE)
+        log.info(f"matplotlib warned while drawing: {found[0].message}{more}", extra=ASIDE)
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as PNG, pixel for pixel at its own resolution."""
+    """Draw a figure as PNG at its own resolution."""
     return encoded(drawn(figure))
 
 
 def drawn(figure: Figure) -> np.ndarray:
-    """Return the pixels of a figure, RGBA (H, W, 4)."""
+    """Draw a figure to pixels, RGBA (H, W, 4)."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
 
 
 def encoded(pixels_HWC: np.ndarray) -> bytes:
-    """Return pixels as PNG."""
+    """Encode pixels as PNG."""
     stream = io.BytesIO()
-    # origin: a matplotlibrc may turn images upside down
+    # origin, because a user's matplotlibrc may turn images upside down
     imsave(stream, pixels_HWC, format="png", origin="upper", dpi=DPI)
     return stream.getvalue()

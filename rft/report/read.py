@@ -1,7 +1,7 @@
-"""The report's input: run folders, checked once and then plain data.
+"""Reads and checks the report's input, evaluated run folders.
 
-A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. Nothing in it is
-trusted to be well formed; everything after `load_run` may rely on what the types say.
+The files of a run folder are untrusted and may be malformed. After `load_run`, values have the
+types below.
 """
 
 import json
@@ -27,13 +27,13 @@ from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.storage import documents, files, urls
 from rft.text import to_ascii
 
-RUNS = 2000  # of one report; the paper's experiments with three seeds make 106
-DEPTH = 32  # folders between a path that is named and its runs
-MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
-DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
+RUNS = 2000  # limit of a report; the paper's experiments with three seeds make 106
+DEPTH = 32  # most folders between a given path and its runs
+MAX_LINES = 2**19  # limit of all metrics of a report; 60 trainings as in the paper have 150,000
+DOCUMENT_BYTES = 2**25  # limit of all other documents of a report; a run has some ten thousand
 TRANSDUCTIVE = " (transductive)"
-"""Ends the name of a system whose answer to an image depends on the other test images."""
-SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
+"""Suffix of systems whose prediction for an image depends on the other test images."""
+SETTINGS_LETTERS = 2**16  # limit of a run's settings on the page; a training has a few thousand
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class Run:
 
     path: Path
     recipe: str
-    """Its recipe; of a run that has not ended, or is transductive, a name that says so."""
+    """Its recipe, with a suffix if the run has not ended or is transductive."""
     variant: str = ""
-    """Settings in which it differs from other runs of its recipe, if there are any."""
+    """Settings in which it differs from other runs of its recipe, if any."""
     seed: int
     results: Results
     config: RunConfig
@@ -55,11 +55,11 @@ class Run:
     """Lines of metrics.jsonl; a merged model has none."""
     unfinished: bool = False
     notes: tuple[str, ...] = ()
-    """What is not known of it, for the page."""
+    """Caveats about the run, for the page."""
 
     @property
     def row(self) -> str:
-        """Name of its row, which it shares with other seeds of the same settings."""
+        """Name of its row, shared with other seeds of the same settings."""
         return f"{self.recipe}, {self.variant}" if self.variant else self.recipe
 
     @property
@@ -74,23 +74,22 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """What the run was trained in; empty where nothing was: merged, imported, zero-shot."""
+        """Precision of the training; empty without one: merged, imported, zero-shot."""
         optim = self.config.optim
         return to_ascii(self.config.precision) if optim and optim.epochs != 0 else ""
 
     @property
     def gallery_path(self) -> Path:
-        """Where the run's gallery lies, if it has one."""
+        """Path of the run's gallery, which need not exist."""
         return self.path / filenames.GALLERY
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the run folders that are named, or lie below those named, and belong in one table.
+    """Read all run folders at or below some paths, and check that they fit into one table.
 
     Raises:
-        ValueError: if there is none, one is not an evaluated run folder, its results are of other
-            weights, two are the same recipe, settings and seed, or they were evaluated on different
-            data.
+        ValueError: if there is none, one was not evaluated or its results are of other weights, two
+            have the same recipe, settings and seed, or they were evaluated on different data.
     """
     found = find_runs(paths)
     _require_affordable(found)
@@ -99,10 +98,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         runs.append(load_run(path, max(MAX_LINES - lines, 0)))
         lines += len(runs[-1].metrics)
     if lines > MAX_LINES:
-        # none rather than some: the mean over some of the seeds would be a different curve
+        # all are dropped, because the mean over some of the seeds would be a different curve
         log.warning(
-            f"no curves are drawn, because the metrics of all runs have more than {MAX_LINES:,} "
-            "lines together: name fewer runs to see them"
+            f"no training curves: the metrics of all runs together have more than {MAX_LINES:,} "
+            "lines; name fewer runs to see them"
         )
         runs = [replace(run, metrics=()) for run in runs]
     named = variants([(run.recipe, settings(run.config.whole)) for run in runs])
@@ -115,20 +114,20 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _notes(run: Run) -> Iterator[str]:
-    """Yield what the page says of a run that passed the checks (`_check_current` logs the same)."""
+    """List the page's caveats about a run that passed the checks (`_check_current` logs them)."""
     if run.unfinished:
         yield "its training has not ended"
-    # an average's were never written
+    # the weights of an average in memory were never written
     if not (run.results.without_weights or checkpoint_path(run.path).is_file()):
-        yield "its weights are missing, so whether the results are of them is not known"
+        yield "its weights are missing, so its results cannot be compared with them"
     if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
         yield f"its {filenames.CONFIG} was changed after the evaluation"
 
 
 def classes_of(runs: Sequence[Run], name: str) -> classes.Classes | None:
-    """Return the classes of the heads that were evaluated on a set; None if no weights say.
+    """Find the classes of the heads that were evaluated on a set; None if no weights name them.
 
-    All of them have the same, or `load_runs` had refused them.
+    All heads have the same classes, because `load_runs` refuses others.
     """
     for run in runs:
         weights = checkpoint_path(run.path)
@@ -140,7 +139,7 @@ def classes_of(runs: Sequence[Run], name: str) -> classes.Classes | None:
 
 
 def _require_affordable(paths: Sequence[Path]) -> None:
-    """Check the size of all documents together, each of which may be a large one."""
+    """Check the total size of all documents, because each may be large."""
     names = (filenames.CONFIG, filenames.RESULTS, filenames.PROVENANCE, filenames.TRAINING)
     size = 0
     for path in paths:
@@ -149,52 +148,54 @@ def _require_affordable(paths: Sequence[Path]) -> None:
         if size > DOCUMENT_BYTES:
             raise ValueError(
                 f"up to {path}, the runs' {', '.join(names[:-1])} and {names[-1]} have {size:,} "
-                f"bytes; one report reads {DOCUMENT_BYTES:,}"
+                f"bytes; the limit of a report is {DOCUMENT_BYTES:,}"
             )
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Find the run folders among paths and below them, each once, in the order of the paths.
+    """Find the run folders at and below some paths, each once, in the order of the paths.
 
-    `rft.merge wise` with several alphas leaves a folder of run folders. Links are followed; a run
-    that several paths reach keeps the first of them.
+    `rft.merge wise` with several alphas writes a folder of run folders. Links are followed. A run
+    that is reached by several paths keeps the first.
 
     Raises:
-        ValueError: if no path is named, or one of them is no run folder and holds none.
+        ValueError: if no path is given, or a path neither is a run folder nor contains one.
     """
     if not paths:
         raise ValueError("name at least one run folder to report on")
     found: dict[Path, Path] = {}
     for path in paths:
-        # visited anew for each path: one that is named twice is not empty the second time
+        # a new set of visited folders per path, so that a path may be given twice
         inside = list(_runs_below(path, set()))
         if not inside:
             raise ValueError(
-                f"{path} is not a run folder and has none below it: no {filenames.CONFIG} was found"
+                f"{path} is not a run folder and contains none: no {filenames.CONFIG} was found"
                 if path.is_dir()
                 else f"{path} is not a run folder: no such folder"
             )
         for run in inside:
             found.setdefault(run.resolve(), run)
     if len(found) > RUNS:
-        raise ValueError(f"{len(found):,} run folders were found; report on {RUNS:,} at a time")
+        raise ValueError(f"found {len(found):,} run folders; the limit of a report is {RUNS:,}")
     return list(found.values())
 
 
 def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path]:
-    """Yield the run folders from a path on, by name; none lies within another."""
+    """Find the run folders at and below a path, sorted by name; they are never nested."""
     if depth > DEPTH:
-        raise ValueError(f"{path} lies too deep for a run folder; name the folder of your runs")
-    # links may lead back to where the search began
+        raise ValueError(
+            f"{path} is nested too deep for a run folder; name the folder of your runs"
+        )
+    # links may form a cycle
     if not path.is_dir() or path.resolve() in visited:
         return
     visited.add(path.resolve())
     if (path / filenames.CONFIG).is_file():
         yield path
         return
-    # in one order on every file system: the gallery shown is that of the first run which has one
+    # sorted, to have the same order on every file system: the first run with a gallery shows it
     for inner in sorted(path.iterdir()):
-        # what a killed writer leaves is hidden
+        # a killed writer leaves hidden files only
         if not inner.name.startswith("."):
             yield from _runs_below(inner, visited, depth + 1)
 
@@ -204,10 +205,10 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
 
     Args:
         path: the folder.
-        lines: how many lines of its metrics.jsonl are read; one more shows that it is longer.
+        lines: limit of its metrics.jsonl; one line more is read to show that it is longer.
 
     Raises:
-        ValueError: if it is not one, was not evaluated, or holds something malformed.
+        ValueError: if it is not a run folder, was not evaluated, or has a malformed file.
     """
     config, results = records.read_config(path), read_results(path)
     if results is None:
@@ -216,14 +217,14 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
         )
     recipe, reached = config.recipe, unfinished(path)
     if reached:
-        # a name of its own: it joins no mean, no pair and no row of the paper
+        # with its own name it enters no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
     if config.transductive:
-        # in its name, so that no table or picture compares it in silence
+        # part of the name, so that every table and picture shows it
         recipe = f"{recipe}{TRANSDUCTIVE}"
     provenance = records.find(path / filenames.PROVENANCE, records.Provenance)
     if provenance is None and results.without_weights:
-        # no merge left one: the evaluation made the average
+        # the average was made by the evaluation, so there is no provenance.json of a merge
         where = f"{path / filenames.RESULTS}: provenance"
         provenance = documents.convert(results.provenance, Provenance, where)
     provenance = provenance or Provenance()
@@ -243,92 +244,93 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
 
 
 def _require_publishable(path: Path, text: str) -> None:
-    """Refuse a file with a credential in the text that a report shows of it."""
+    """Refuse a file with a credential in the part that a report shows."""
     if urls.redact(text) != text:
         raise ValueError(
-            f"{path} has a URL with a credential, which a report would publish; take it out"
+            f"{path} has a URL with a credential, which a report would publish; remove it "
+            "(docs/storage.md#credentials)"
         )
 
 
 def shown_settings(config: RunConfig) -> str:
-    """Return a run's config.json as the page shows it; of one that is too long, the beginning."""
-    # in parts: a stranger's file may grow many times its size by indentation
+    """Format a run's config.json for the page; one that is too long is cut."""
+    # piece by piece, because indentation may make an untrusted file many times larger
     parts, letters = [], 0
     for part in json.JSONEncoder(indent=2, sort_keys=True).iterencode(config.whole):
         letters += len(part)
         if letters > SETTINGS_LETTERS:
-            return "".join([*parts, "\n... (too long to be shown)"])
+            return "".join([*parts, "\n... (too long to show)"])
         parts.append(part)
     return "".join(parts)
 
 
 def _check_current(runs: Sequence[Run]) -> None:
-    """Check that the results of each run are of its weights, and these are the run's own."""
+    """Check that the results of each run belong to its weights, and the weights to the run."""
     warnings: list[str] = []
     changed: list[Path] = []
     for run in runs:
         try:
             warnings += require_current(run.path, run.results)
         except ValueError:
-            # replaced weights are to be restored, not to be evaluated
+            # if the weights were replaced, raise that instead: restoring them is the remedy
             require_own_weights(run.path)
             raise
-        # the file has just been found to have this hash, so it is not read a second time
+        # require_current has just verified this hash, so the file is not read a second time
         require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
         weights, counted = checkpoint_path(run.path), str(run.results.step)
         if weights.is_file() and (step := header.read_entries(weights).step) != counted:
             raise ValueError(
-                f"{run.path}/{filenames.RESULTS} says step {counted}, the weights are of step "
+                f"{run.path}/{filenames.RESULTS} is of step {counted}, the weights are of step "
                 f"{step}; evaluate the run again"
             )
         if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
             changed.append(run.path / filenames.CONFIG)
     if changed:
         log.warning(
-            f"{_with_more(changed, '')} was changed after the evaluation; its settings are shown "
-            "as they are"
+            f"{_with_more(changed, '')} was changed after the evaluation; the report shows its "
+            "current settings"
         )
     if warnings:
         log.warning(_with_more(warnings))
 
 
 def _with_more(found: Sequence[object], what: str = " runs") -> str:
-    """Return the first of several, and how many there are besides."""
+    """Format the first of several, and the number of the others."""
     return f"{found[0]} (and {len(found) - 1} more{what})" if found[1:] else str(found[0])
 
 
 def _check_same_classes(runs: Sequence[Run]) -> None:
     """Check that the heads of runs that were evaluated on one set have the same classes.
 
-    Weights that do not say which they have are warned of, once.
+    Weights that do not name their classes cause one warning.
     """
     first_with: dict[str, tuple[Path, classes.Classes]] = {}
-    warnings: dict[str, None] = {}  # a set in order: each warning once
+    warnings: dict[str, None] = {}  # an ordered set, so that each warning appears once
     silent: list[Path] = []
     for run in runs:
         weights = checkpoint_path(run.path)
-        # _check_current warned of it, or an average has none
+        # _check_current warned of missing weights, and an average in memory has none
         if not weights.is_file():
             continue
         known = header.read_entries(weights).classes
-        if known is None:  # written before weights carried their classes
+        if known is None:  # weights of an older rft, without classes
             silent.append(run.path)
             continue
-        # heads that were never evaluated on one set may have different classes
+        # heads without a common set may have different classes
         for name in run.counts:
             path, before = first_with.setdefault(name, (run.path, known))
             warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
     if silent:
         log.warning(
-            f"{_with_more(silent)}: the weights do not say which classes their head has; nothing "
-            "can compare them"
+            f"{_with_more(silent)}: the weights do not name the classes of their head, so they "
+            "cannot be compared"
         )
     for warning in warnings:
         log.warning(warning)
 
 
 def _with_first(runs: Iterable[Run], key: Callable[[Run], object]) -> Iterator[tuple[Run, Run]]:
-    """Yield the first run of each key with each other run of that key."""
+    """Pair the first run of each key with each other run of that key."""
     first_of: dict[object, Run] = {}
     for run in runs:
         first = first_of.setdefault(key(run), run)
@@ -337,21 +339,21 @@ def _with_first(runs: Iterable[Run], key: Callable[[Run], object]) -> Iterator[t
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:
-    """Check that the runs of a row differ in seed and weights; one would count twice in the mean.
+    """Check that the runs of a row differ in seed and weights, so that none counts twice.
 
-    Their settings are the same, or they would be different rows.
+    Their settings are the same, because other settings make a different row.
     """
     for one, two in _with_first(runs, lambda run: (run.row, run.seed)):
         raise ValueError(
             f"{one.path} and {two.path} are both {one.row} with seed {one.seed}; report one of them"
         )
-    # models that were not trained are the same for every seed; a merge with none of the
-    # fine-tuned model is the zero-shot one
+    # models without training are the same for every seed, and a merge with alpha 0 is the
+    # zero-shot model
     trained = [run for run in runs if run.results.step != 0 and run.config.alpha != 0]
     for one, two in _with_first(trained, lambda run: (run.row, run.results.checkpoint_sha256)):
         raise ValueError(
-            f"{one.path} and {two.path} are seeds {one.seed} and {two.seed} of {one.row}, but the "
-            "same weights; name one"
+            f"{one.path} and {two.path} are seeds {one.seed} and {two.seed} of {one.row}, but have "
+            "the same weights; name one"
         )
     for one, two in _with_first(runs, lambda run: run.row):
         if missing := sorted(one.counts.keys() ^ two.counts.keys()):
@@ -362,7 +364,7 @@ def _check_seeds(runs: Sequence[Run]) -> None:
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:
-    """Check that each set was the same data for all runs."""
+    """Check that a set of one name is the same data in all runs."""
     first_with: dict[str, Run] = {}
     for run in runs:
         for name, count in run.counts.items():

@@ -1,4 +1,4 @@
-"""The top of a report: what was compared, what came of it, and what to be careful with. Pure."""
+"""The sentences at the top of a report: what was compared, conclusions and warnings. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from rft.report.tables import (
 from rft.runs import filenames
 from rft.sets import OOD_SETS, TEST_SETS
 
-NAMED = 8  # rows or sets that a sentence lists
+NAMED = 8  # most rows or sets that a sentence lists
 
-# blocks of the paper's tables that hold no system of its own (`tables.order`)
+# blocks of the paper's tables without the paper's own systems (`tables.order`)
 BASELINE_BLOCKS = (0, 1, 2, 3)
 
 
@@ -32,7 +32,7 @@ class Summary:
     conclusions: list[str]
     warnings: list[str]
     alarms: list[str]
-    """The first of the warnings: a result that should not be used before it is understood."""
+    """The first of the warnings: results that should not be used before they are understood."""
 
 
 def summarise(
@@ -42,7 +42,7 @@ def summarise(
     measures: Measures,
     chosen: Row | None = None,
 ) -> Summary:
-    """Return the sentences; `shown` are the rows without those that a WiSE path is made of.
+    """Write the sentences; `shown` has one row per WiSE family.
 
     `chosen` is the row of the model that was chosen without test images, if there is one.
     """
@@ -79,7 +79,7 @@ def _plural(count: int, what: str) -> str:
 
 
 def _choice(chosen: Row | None, rows: Sequence[Row], measures: Measures) -> Iterator[str]:
-    """Yield how good the model is that was chosen, and what it has gained on the untrained one."""
+    """State the accuracy of the chosen model, and its difference to the untrained one."""
     column = target(rows)
     if chosen is None or column not in chosen.cells:
         return
@@ -91,22 +91,22 @@ def _choice(chosen: Row | None, rows: Sequence[Row], measures: Measures) -> Iter
     )
     for row in rows:
         if row.recipe == tables.UNTRAINED and row != chosen and column in row.cells:
-            yield f"It has {_against(chosen, row, '', column, measures)}"
+            yield f"Difference: {_against(chosen, row, '', column, measures)}"
 
 
 def _conclusions(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
-    """Yield what the numbers say: the best row, and how far it lies above its baselines."""
+    """State the best row, and its differences to the baselines."""
     column = target(rows)
     there = [row for row in rows if column in row.cells]
     if len(there) < 2:
         return
-    # of equal ones, the first in the order of the table
+    # ties go to the first in the order of the table
     best = max(there, key=lambda row: row.cells[column].mean)
     found = details.interval(measures, best.name, column)
     images = "" if found is None else f" (95% interval {details.interval_percent(found)})"
     yield (
-        f"Highest {heading(column)}: {best.name}, {best.cells[column].text()}%{images}. The "
-        f"highest of {len(there)} rows on these very test images is a little too high."
+        f"Highest {heading(column)}: {best.name}, {best.cells[column].text()}%{images}. As the "
+        f"maximum of {len(there)} rows on the same test images, it is slightly too optimistic."
     )
     baselines = [row for row in there if tables.order(row.recipe)[0] in BASELINE_BLOCKS]
     vanilla = [row for row in tables.baselines(rows) if row.recipe == "vanilla"]
@@ -127,10 +127,9 @@ def _against(best: Row, other: Row, role: str, column: str, measures: Measures) 
     if pair is None:
         names = [(row.name, name) for row in (best, other) for name in tables.sets_of(column)]
         there = all(name in measures.sets for name in names)
-        why = "a declared score has no interval, so" if there else "without predictions,"
+        why = "declared scores have no intervals" if there else "there are no predictions"
         return (
-            f"{points:+z.1f} points over {other.name}{role}; {why} whether that could be chance is "
-            "not known."
+            f"{points:+z.1f} points over {other.name}{role}; significance unknown, because {why}."
         )
     _, (low, high), p = pair.difference
     judged = "significant" if significant(pair) else "not significant"
@@ -146,16 +145,16 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
     if any(run.config.scale == "miniature" for run in runs):
         yield (
             "Miniature world: a tiny CLIP on procedural images. Columns are stand-ins named after "
-            "the benchmarks, and their numbers say nothing about ImageNet."
+            "the benchmarks, and their numbers do not apply to ImageNet."
         )
     if single := [row.name for row in rows if len(row.seeds) == 1 and row.recipe != "zero-shot"]:
         which = f"{_listed(single)}:" if len(single) <= NAMED else f"{len(single)} systems have"
         which = "All systems have" if len(single) == len(rows) else which
-        yield f"{which} one seed: how much another training would differ is not known."
+        yield f"{which} one seed: the variation between trainings is not known."
     if marked := [row.name for row in rows if row.recipe.endswith(TRANSDUCTIVE)]:
         yield (
-            f"{_listed(marked)}: the answers depend on the other test images, so a comparison with "
-            "systems that see one image at a time must say so."
+            f"{_listed(marked)}: predictions depend on the other test images; state this in any "
+            "comparison with systems that see one image at a time."
         )
     for note in dict.fromkeys(note for run in runs for note in run.notes):
         of = [f"{run.row} (seed {run.seed})" for run in runs if note in run.notes]
@@ -164,23 +163,23 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
     for name, other in sorted(tables.copies(runs).items()):
         yield (
             f"{heading(name)} is the same packed data as {heading(other)}; the average over all "
-            "declared OOD sets has it once."
+            "declared OOD sets counts it once."
         )
     if large := [heading(name) for name in measures.too_large]:
         yield (
             f"{_listed(large)}: more than {IMAGES:,} images, so there are no intervals, p-values "
-            "and other numbers that are made of predictions."
+            "or other numbers computed from predictions."
         )
     if drawn_together := [heading(name) for name in measures.versions]:
         yield (
-            f"{_listed(drawn_together)}: images of one name in several domains are drawn together "
-            "for intervals, as versions of one image."
+            f"{_listed(drawn_together)}: for intervals, images with the same name in several "
+            "domains are drawn together, as versions of one image."
         )
     if measures.without:
         of = [f"{run.row} (seed {run.seed})" for run in measures.without]
         which = "All runs" if len(of) == len(runs) else _listed(of)
         yield (
-            f"{which}: no predictions in the run folder, only the counts of "
+            f"{which}: no predictions in the run folder, only the counts in "
             f"{filenames.RESULTS}. Intervals, p-values, top-5, accuracies per class and "
             "calibration are missing for them; evaluate them again."
         )
@@ -190,7 +189,7 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
 
 def _missing_sets(rows: Sequence[Row]) -> Iterator[str]:
     counted = set(columns(rows))
-    # own sets alone are no incomplete benchmark
+    # a report on own sets alone is not an incomplete benchmark
     if counted & set(TEST_SETS):
         if absent := [heading(name) for name in TEST_SETS if name not in counted]:
             yield f"Not evaluated: {', '.join(absent)}."
@@ -198,4 +197,4 @@ def _missing_sets(rows: Sequence[Row]) -> Iterator[str]:
             yield f"No OOD average: no system has all {len(OOD_SETS)} of its sets."
     for column in filter(is_average, columns(rows)):
         if lacking := [row.name for row in rows if column not in row.cells]:
-            yield f"No {heading(column)}, for lack of a set: {_listed(lacking)}."
+            yield f"No {heading(column)} because a set is missing: {_listed(lacking)}."

@@ -1,8 +1,8 @@
-"""Figures as SVG: the same bytes for the same figure, and small enough to stand in a page.
+"""Figures as SVG: the same bytes for the same figure, and small enough to embed in a page.
 
-Texts stay texts, in the page's font. Artists that were tied to a row have its id in `data-row`, for
-scripts; matplotlib's own ids get the figure's name in front, so that figures of one page have none
-in common.
+Texts remain text, in the page's font. Artists that were tied to a row have its id in `data-row`,
+for scripts. matplotlib's own ids are prefixed with the figure's name, so that they are unique on a
+page.
 """
 
 import io
@@ -17,10 +17,10 @@ from matplotlib.text import Text
 
 from rft.report.colors import DARK, LIGHT, legible
 
-TIED = ("row", "point")  # what the gid of a tied artist begins with
+TIED = ("row", "point")  # prefixes of the gid of a tied artist
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-# letters that XML has not, of those that a name may have
+# characters that a name may contain but XML does not allow
 NO_XML = re.compile("[\ufffe\uffff]")
 UNDATED = {"Date": None, "Creator": None, "Format": None, "Type": None}
 OPTIONS = {"svg.fonttype": "none", "svg.hashsalt": "rft"}
@@ -29,16 +29,16 @@ LEGIBLE_WIDTH = 0.7  # share of its own width below which a figure is scrolled, 
 
 
 def tie(artist: Artist, row_id: str, kind: str = "row") -> None:
-    """Tie an artist to a row; of kind "point" is the marker that stands for the row."""
+    """Tie an artist to a row; kind "point" is the marker that represents the row."""
     artist.set_gid(f"{kind}:{row_id}")
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return a figure as an <svg> element whose ids begin with a name."""
+    """Draw a figure as an <svg> element whose ids begin with a name."""
     for text in figure.findobj(Text):
         text.set_text(NO_XML.sub("?", text.get_text()))
     stream = io.StringIO()
-    # options of this writer are global in matplotlib; the context puts them back
+    # these options are global in matplotlib; the context restores them
     with matplotlib.rc_context(OPTIONS):
         figure.savefig(stream, format="svg", metadata=UNDATED, facecolor=LIGHT)
     ElementTree.register_namespace("", SVG)
@@ -48,7 +48,7 @@ def svg(figure: Figure, name: str) -> str:
         _rename(element, name)
         for key in {"d", "x", "y", "transform"} & element.attrib.keys():
             element.set(key, _rounded(element.attrib[key]))
-    # its only style is one of lines, for any element of the page
+    # matplotlib's only style is for lines and would apply to all elements of the page
     for parent in list(root.iter(f"{{{SVG}}}defs")):
         for style in parent.findall(f"{{{SVG}}}style"):
             parent.remove(style)
@@ -58,17 +58,17 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def document(element: str) -> bytes:
-    """Return an <svg> element as a file of its own."""
+    """Make a file of an <svg> element."""
     return f'<?xml version="1.0" encoding="utf-8"?>\n{element}\n'.encode()
 
 
 def themed(element: str, neutral: Mapping[str, str]) -> str:
-    """Return an <svg> element for a page of light and dark grounds, in the page's font.
+    """Adapt an <svg> element to a page with light and dark backgrounds, and to the page's font.
 
     Args:
-        element: what `svg` made.
-        neutral: colour -> the page's property that takes its place. Other colours get a form for
-            dark grounds beside their own; browsers that do not know light-dark() keep their own.
+        element: the result of `svg`.
+        neutral: colour -> CSS property of the page that replaces it. Other colours get a second
+            value for dark backgrounds; browsers without light-dark() keep the first.
     """
 
     def replaced(match: re.Match[str]) -> str:
@@ -90,13 +90,13 @@ def themed(element: str, neutral: Mapping[str, str]) -> str:
 
 
 def _rounded(numbers: str) -> str:
-    """Return coordinates with few decimals and single spaces: curves are most of a page."""
+    """Shorten coordinates to few decimals and single spaces, because curves are most of a page."""
     short = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):z.{DECIMALS}f}", numbers)
     return " ".join(short.split())
 
 
 def _rename(element: ElementTree.Element, name: str) -> None:
-    """Tie an element to its row, or put a name before its id, and before those it refers to."""
+    """Tie an element to its row, or prefix its id and its references with a name."""
     own = element.get("id", "")
     kind, _, row_id = own.partition(":")
     if row_id and kind in TIED:

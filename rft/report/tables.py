@@ -1,9 +1,9 @@
-"""Counts to percentages, seeds to mean and spread, and both to text. Pure.
+"""Converts counts to percentages, seeds to mean and spread, and both to text. Pure.
 
-The OOD average is the unweighted mean of the five benchmarks' top-1, made for each seed; then the
-mean over seeds (Tables 1 and 3). Where sets beyond these were declared OOD, the mean over all OOD
-sets is one more column. Spread is the sample standard deviation (n - 1) over seeds: it
-says nothing about the sampling of the test images, which all seeds share.
+The OOD average is the unweighted mean of the five benchmarks' top-1, computed per seed and then
+averaged over seeds (Tables 1 and 3). If further sets were declared OOD, the mean over all OOD sets
+is an additional column. Spread is the sample standard deviation (n - 1) over seeds. It does not
+cover the sampling of the test images, which all seeds share.
 """
 
 import csv
@@ -32,39 +32,38 @@ from rft.statistics import robustness
 from rft.statistics.robustness import Line
 from rft.storage import files
 
-# columns go by the name of their set; no set has an empty name, or one that begins with a slash
+# a column has the name of its set; no set's name is empty or begins with a slash
 ID_COLUMN, OOD_COLUMN, EFFECTIVE = ID_SET, "", "/effective robustness"
 AVERAGE = "//"
-"""Begins the column of an average over other sets than the five, and each of their names in it."""
+"""Precedes each set's name in the column of an average over sets other than the five."""
 SCORED = "/"
-"""Begins the column of a set's declared score where that is not top-1, and stands
-between the score and the set."""
+"""Precedes the score and the set in the column of a set's declared score that is not top-1."""
 COLUMNS = (*TEST_SETS, OOD_COLUMN)
-"""Of the paper's tables."""
+"""The columns of the paper's tables."""
 HEADINGS = {
     **{name: one.title for name, one in BENCHMARKS.items()},
     OOD_COLUMN: "OOD avg",
     EFFECTIVE: "eff. rob.",
 }
-SETS = 200  # columns of a report
+SETS = 200  # limit of a report's columns
 
-BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
-# first on sets of one's own, where nothing is known of what fine-tuning brings
+BASELINES = ("vanilla", "no-mask")  # paired differences are relative to these
+# the first baseline on own sets, where the effect of fine-tuning is not known
 UNTRAINED = "zero-shot"
-OTHERS = (*recipes.LATER, *recipes.RESEARCH)  # those that came later, and rft's own
+OTHERS = (*recipes.LATER, *recipes.RESEARCH)  # methods after the paper, and rft's own
 GRID = tuple(recipes.MASKED)  # as in Table 1
 
 NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
-FIGURE_SPACE = "\u2007"  # as wide as a digit: keeps the points of numbers below each other
+FIGURE_SPACE = "\u2007"  # as wide as a digit, to align the decimal points of numbers
 ABSENT = "-"
 SIGNIFICANT = "*"
-NAME_WIDTH = 24  # what the numbers of a result table leave of 80 columns
+NAME_WIDTH = 24  # the rest of 80 columns beside the numbers of a result table
 
-# recipe, where its numbers are from, and of each cell its text and whether it stands out
+# recipe, source of its numbers, and for each cell its text and whether it is emphasised
 TextLine = tuple[str, str, list[tuple[str, bool]]]
 
-# a rule under the heading, the third of rich's eight lines, and nothing else, in ASCII
+# only a rule under the heading, the third of rich's eight lines, in ASCII
 RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
@@ -76,8 +75,8 @@ class Spread:
     sd: float | None
 
     def text(self, decimals: int = 1, sign: str = "") -> str:
-        """Return `mean`, or `mean +- sd`; `sign` is "+" to show it on positive means too."""
-        # z: a mean that rounds to zero has no minus
+        """Format as `mean`, or `mean +- sd`; with `sign` "+", positive means have a sign too."""
+        # z: a mean that rounds to zero gets no minus
         mean = f"{self.mean:{sign}z.{decimals}f}"
         return mean if self.sd is None else f"{mean} {PLUS_MINUS} {self.sd:.{decimals}f}"
 
@@ -103,74 +102,74 @@ class Row:
     recipe: str
     seeds: tuple[int, ...]
     cells: dict[str, Spread]
-    """Column -> its number, of those that the row has."""
+    """Column -> number, for the columns that the row has."""
     precision: str = ""
-    """What all of its runs were trained in; empty if they were not trained."""
+    """Precision in which all of its runs were trained; empty if they were not trained."""
     variant: str = ""
-    """Settings in which it differs from other rows of its recipe, if there are any."""
+    """Settings in which it differs from other rows of its recipe, if any."""
 
     @property
     def name(self) -> str:
-        """Return what the row is called, which no other row is."""
+        """Unique name of the row."""
         return f"{self.recipe}, {self.variant}" if self.variant else self.recipe
 
     @property
     def id(self) -> str:
-        """Return what ties the row's elements on a page together, the same in every report."""
+        """Id that ties the row's elements on a page together, the same in every report."""
         return files.sha256_bytes(self.name.encode())[:10]
 
 
 @dataclass(frozen=True)
 class DifferenceRow:
-    """One column of a row minus that of each of some baselines."""
+    """The differences of a row to some baselines, in one column."""
 
     name: str
     seeds: tuple[int, ...]
     against: tuple[tuple[float, ...] | None, ...]
-    """Seed by seed, in points; None where seeds do not match or a set is absent."""
+    """Differences per seed, in points; None if seeds do not match or a set is missing."""
     measured: tuple[SetPair | AveragePair | None, ...]
-    """From images, a share; None without predictions."""
+    """Differences from predictions, as shares; None without predictions."""
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of recipes as text: what the console, Markdown and the page show."""
+    """A table of recipes as text, for the console, Markdown and the page."""
 
     caption: str
     header: Sequence[str]
-    """Headings after the recipe: of what says where its numbers are from, and of its cells."""
+    """Headings after the recipe: that of the numbers' source, and those of the cells."""
     lines: list[TextLine]
     justify: JustifyMethod = "right"
     compact: frozenset[int] = frozenset()
-    """Cells that a console shows without their spread."""
+    """Indices of cells that a console shows without their spread."""
 
 
 def top1(count: SetCount) -> float:
-    """Return the top-1 accuracy in percent."""
+    """Compute the top-1 accuracy in percent."""
     return 100 * count.correct / count.total
 
 
 def summarise(values: Sequence[float]) -> Spread:
-    """Return the mean and, for two finite values or more, the sample standard deviation.
+    """Compute the mean and, for two or more finite values, the sample standard deviation.
 
-    A log-likelihood may be infinite, and then its mean is.
+    A log-likelihood may be infinite, and so may its mean.
     """
     several = len(values) > 1 and all(map(math.isfinite, values))
     return Spread(statistics.fmean(values), statistics.stdev(values) if several else None)
 
 
 def sets_of(column: str) -> tuple[str, ...]:
-    """Return the sets that a column is the mean of: those of an average, or its own."""
+    """List the sets of a column: those of an average, or its own set."""
     if column == OOD_COLUMN:
         return OOD_SETS
     if is_score(column):
         return (column.split(SCORED, 2)[2],)
-    # names of sets are normalised paths, which hold no two slashes
+    # names of sets are normalised paths, which never contain two slashes in a row
     return tuple(column.split(AVERAGE)[1:]) if column.startswith(AVERAGE) else (column,)
 
 
 def score_column(score: Score, name: str) -> str:
-    """Return the column of a set's declared score."""
+    """Make the column of a set's declared score."""
     return f"{SCORED}{score}{SCORED}{name}"
 
 
@@ -180,9 +179,9 @@ def is_score(column: str) -> bool:
 
 
 def own_scores(runs: Sequence[Run]) -> dict[str, Score]:
-    """Return set -> its declared score, of the sets where that is not top-1.
+    """Map sets to their declared scores, for sets whose score differs from top-1.
 
-    The mean over domains of one size is top-1.
+    The mean over domains of equal size equals top-1.
     """
     return {
         name: count.score
@@ -194,7 +193,7 @@ def own_scores(runs: Sequence[Run]) -> dict[str, Score]:
 
 
 def of_images(averages: Mapping[str, Sequence[str]], runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the averages whose sets are all scored by top-1: a bootstrap of images is of these."""
+    """Select the averages over sets with top-1 scores, because images are bootstrapped for them."""
     scores = own_scores(runs)
     return {name: list(sets) for name, sets in averages.items() if not scores.keys() & set(sets)}
 
@@ -205,10 +204,10 @@ def is_average(column: str) -> bool:
 
 
 def all_ood(runs: Sequence[Run]) -> str | None:
-    """Return the column of the average over all OOD sets of some runs.
+    """Make the column of the average over all OOD sets of some runs.
 
-    None if that is the benchmarks' own, or of a single set: sets beyond the five count as declared.
-    One packed set under several names counts once (`copies`).
+    None if no set beyond the five benchmarks was declared OOD, or if the average would be over a
+    single set. One packed set under several names counts once (`copies`).
     """
     declared = {name for run in runs for name, one in run.counts.items() if one.ood}
     declared -= BENCHMARKS.keys() | copies(runs).keys()
@@ -218,7 +217,7 @@ def all_ood(runs: Sequence[Run]) -> str | None:
 
 
 def copies(runs: Sequence[Run]) -> dict[str, str]:
-    """Return OOD set -> that of another name which is the same packed data, benchmarks first."""
+    """Map OOD sets to an earlier set of the same packed data, with benchmarks first."""
     found = {
         name: count.manifest_sha256
         for run in runs
@@ -232,14 +231,14 @@ def copies(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def declared(count: SetCount) -> float:
-    """Return the score that a set is known by, in percent."""
+    """Compute a set's own score, in percent: the declared one, or top-1."""
     return top1(count) if count.value is None else 100 * count.value
 
 
 def percent(run: Run, column: str) -> float | None:
-    """Return a run's number in a column of sets, in percent; None if it lacks one of them.
+    """Compute a run's number in a column, in percent; None if it lacks one of the column's sets.
 
-    An average is one of the scores that its sets are known by.
+    An average is over the sets' own scores.
     """
     names = sets_of(column)
     if any(name not in run.counts for name in names):
@@ -251,9 +250,9 @@ def percent(run: Run, column: str) -> float | None:
 def accuracies(
     run: Run, average: str | None = None, scores: Mapping[str, Score] | None = None
 ) -> dict[str, float]:
-    """Return a run's percentages by column: the paper's first, then other sets, then an average.
+    """Map columns to a run's percentages: the paper's first, then other sets, then an average.
 
-    `scores` are those of sets with a column of their own for it (`own_scores`).
+    `scores` are the declared scores that get an additional column (`own_scores`).
     """
     own = sorted(run.counts.keys() - set(TEST_SETS))
     columns = [score_column(score, name) for name, score in (scores or {}).items()]
@@ -263,22 +262,22 @@ def accuracies(
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Return the columns that a row has: the paper's in its order, own sets by name, an average.
+    """List the columns of rows: the paper's in its order, own sets by name, then averages.
 
     Raises:
-        ValueError: if there are too many to be shown.
+        ValueError: if there are too many to show.
     """
     there = {name for row in rows for name in row.cells}
     known = [name for name in (*COLUMNS, EFFECTIVE) if name in there]
     sets = [name for name in there if not is_score(name) and not is_average(name)]
     if len(sets) > SETS:
         raise ValueError(
-            f"the runs were evaluated on {len(sets):,} sets; a report shows {SETS}: take some out "
-            f"of their {filenames.RESULTS}"
+            f"the runs were evaluated on {len(sets):,} sets; the limit of a report is {SETS}: "
+            f"remove some from their {filenames.RESULTS}"
         )
 
     def place(column: str) -> tuple[bool, str, bool]:
-        """Put a set's score behind its top-1, and averages last."""
+        """Sort a set's score after its top-1, and averages last."""
         name = column if is_average(column) else sets_of(column)[0]
         return is_average(column), name, is_score(column)
 
@@ -286,7 +285,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def heading(column: str) -> str:
-    """Return a column's heading; an own set is called by its name."""
+    """Make the heading of a column; for an own set this is its name."""
     if column in HEADINGS:
         return HEADINGS[column]
     if is_average(column):
@@ -298,22 +297,22 @@ def heading(column: str) -> str:
 
 
 def target(rows: Sequence[Row]) -> str:
-    """Return the column that rows are compared by: an OOD average, or the first there is."""
+    """Choose the column that rows are compared by: an OOD average, or else the first column."""
     found = columns(rows)
-    # the benchmarks' average stands before that of all sets
+    # the benchmarks' average comes before that of all sets
     if (average := next(filter(is_average, found), None)) is not None:
         return average
-    # the score that the first set is known by; of no set at all there is nothing to compare
+    # the first set's declared score, or its top-1; without any set nothing is compared
     return next((one for one in found[1:2] if is_score(one)), found[0] if found else OOD_COLUMN)
 
 
 def ood_average(run: Run) -> float | None:
-    """Return the unweighted mean of the five OOD accuracies, or None if one is missing."""
+    """Compute the unweighted mean of the five OOD accuracies; None if one is missing."""
     return percent(run, OOD_COLUMN)
 
 
 def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each row by seed, rows in the order of the paper's tables."""
+    """Group runs by row, sorted by seed, with rows in the order of the paper's tables."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (order(run.recipe), by_number(run.variant), run.seed)):
         groups.setdefault(run.row, []).append(run)
@@ -321,15 +320,15 @@ def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def by_number(text: str) -> list[tuple[float, str]]:
-    """Return the sort key that puts texts in the order of their numbers: 3e-05 before 0.001."""
-    # words and numbers in turn, words first
+    """Make a sort key that orders texts by their numbers: 3e-05 before 0.001."""
+    # re.split alternates words and numbers, and begins with a word
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text, flags=re.ASCII)
     return [(float(part), "") if n % 2 else (0.0, part) for n, part in enumerate(parts)]
 
 
 def order(recipe: str) -> tuple[int, str, float]:
-    """Return the sort key that puts recipes in the order of the paper's tables, others last."""
-    # the first number is the block of the table; the others sort within it
+    """Make a sort key that orders recipes as in the paper's tables, with others last."""
+    # the first number is the block of the table; the rest sorts within the block
     first = ("zero-shot", "linear-probe", "vanilla", "lp-ft")
     if recipe in first:
         return 0, "", first.index(recipe)
@@ -352,17 +351,17 @@ def order(recipe: str) -> tuple[int, str, float]:
 
 
 def ensemble_kind(recipe: str) -> str | None:
-    """Return which ensemble a recipe is: vrf and vrf-RECIPE are vrf; None for other recipes."""
-    # those of longer names first, should one begin with the name of another
+    """Find the kind of an ensemble: vrf for vrf and vrf-RECIPE; None for other recipes."""
+    # longer names first, in case one begins with another
     names = sorted(recipes.ENSEMBLES, key=len, reverse=True)
     recipe = recipe.removesuffix(TRANSDUCTIVE)
     return next((name for name in names if recipe == name or recipe.startswith(f"{name}-")), None)
 
 
 def wise_model(recipe: str) -> Wise | None:
-    """Return what the name of a WiSE model says, or None for other recipes."""
-    # alpha as {:g} prints it, 1e-05 included, at whose hyphen a greedy match would split;
-    # ASCII: \d matches digits of every script
+    """Parse the name of a WiSE model; None for other recipes."""
+    # alpha as {:g} prints it, including 1e-05, at whose hyphen a greedy match would split;
+    # ASCII, because \d otherwise matches the digits of every script
     match = re.fullmatch(r"(wise-(.+?))-(\d+(?:\.\d+)?(?:e-\d+)?)", recipe, re.ASCII)
     if match is None or float(match[3]) > 1:
         return None
@@ -372,9 +371,9 @@ def wise_model(recipe: str) -> Wise | None:
 
 
 def shown_recipes(recipes: Iterable[str]) -> set[str]:
-    """Return the recipes without a WiSE family's models but the one nearest to alpha 0.5.
+    """Keep of each WiSE family only the model nearest to alpha 0.5, and all other recipes.
 
-    A path over alpha is a picture's; picking its best point would be selecting on test accuracy.
+    Paths over alpha belong in a picture. Picking the best point would be selection on test images.
     """
     kept = set()
     families: dict[str, list[tuple[float, str]]] = {}
@@ -383,38 +382,38 @@ def shown_recipes(recipes: Iterable[str]) -> set[str]:
             kept.add(recipe)
         else:
             families.setdefault(wise.family, []).append((abs(wise.alpha - 0.5), recipe))
-    # of 0.4 and 0.6, equally near, 0.4: the name decides
+    # 0.4 and 0.6 are equally near: the name decides for 0.4
     return kept | {min(members)[1] for members in families.values()}
 
 
 def result_rows(runs: Sequence[Run], line: Line | None = None) -> list[Row]:
-    """Return the result table; with a testbed's line, effective robustness is a column."""
+    """Make the result table; with a testbed's line, effective robustness is a column."""
     rows, average, scores = [], all_ood(runs), own_scores(runs)
     for members in by_row(runs).values():
         found = [accuracies(run, average, scores) for run in members]
         by_seed = [values | effective(values, line) for values in found]
-        # all seeds of a row have the same sets, so it is all or none
+        # all seeds of a row have the same sets (rft.report.read), so the first one's are enough
         cells = {name: summarise([values[name] for values in by_seed]) for name in by_seed[0]}
         first = members[0]
         seeds = tuple(run.seed for run in members)
-        # settings are the same for all seeds, too (rft.report.read)
+        # settings are the same for all seeds too
         rows.append(Row(first.recipe, seeds, cells, first.precision, first.variant))
     return rows
 
 
 def effective(percent: Mapping[str, float], line: Line | None) -> dict[str, float]:
-    """Return effective robustness in points, as a column, where a run has one."""
+    """Compute effective robustness in points, as a column; empty if a run has none."""
     in_, out = percent.get(ID_COLUMN), percent.get(OOD_COLUMN)
-    # the line is one of logits
+    # the line is fitted to logits, which are infinite at 0 and 100%
     if line is None or in_ is None or out is None or not 0 < in_ < 100:
         return {}
     return {EFFECTIVE: 100 * robustness.effective_robustness(line, in_ / 100, out / 100)}
 
 
 def best(rows: Sequence[Row]) -> dict[str, set[int]]:
-    """Return for each column the rows that are best in it, by the numbers as they are printed.
+    """Find the best rows of each column, by the numbers as printed.
 
-    Numbers that look the same are equal: all of them are best. A single row is not best.
+    Rows with the same printed number are all best. A single row is never best.
     """
     winners = {}
     for column in columns(rows):
@@ -423,17 +422,17 @@ def best(rows: Sequence[Row]) -> dict[str, set[int]]:
             for index, row in enumerate(rows)
             if column in row.cells
         }
-        # NaN equals nothing: an empty column has no best
+        # NaN is unequal to everything, so an empty column has no best row
         top = max(shown.values(), default=math.nan)
         winners[column] = {i for i, value in shown.items() if value == top and len(rows) > 1}
     return winners
 
 
 def baselines(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of `BASELINES`, with the best of each one's settings in the column compared.
+    """Select the rows of `BASELINES`, each with its best settings in the compared column.
 
-    The strongest baseline is the one that a method has to be better than. On sets of one's own the
-    first is the model as it was pre-trained.
+    Methods should be compared with the strongest baseline. On own sets, the first baseline is the
+    pre-trained model.
     """
     column = target(rows) if rows else ""
     found = []
@@ -445,14 +444,14 @@ def baselines(rows: Sequence[Row]) -> list[Row]:
 
 
 def of_benchmarks(rows: Sequence[Row]) -> bool:
-    """Whether any row was counted on one of the paper's test sets."""
+    """Whether any row was evaluated on one of the paper's test sets."""
     return not set(columns(rows)).isdisjoint(TEST_SETS)
 
 
 def difference_rows(
     runs: Sequence[Run], rows: Sequence[Row], measures: Measures
 ) -> list[DifferenceRow]:
-    """Return each row's differences to the baselines; none if nothing can be paired."""
+    """Make the rows of differences to the baselines; empty if nothing can be paired."""
     column, against = target(rows), baselines(rows)
     groups = by_row(runs)
     by_seed = {
@@ -466,7 +465,7 @@ def difference_rows(
     }
     found = []
     for name, values in by_seed.items():
-        # a baseline's difference to a later one is that one's to it, with the other sign
+        # the first baseline is left out: others have the difference to it, with the opposite sign
         others = [row.name for row in against]
         if others[:1] == [name]:
             continue
@@ -478,21 +477,21 @@ def difference_rows(
 
 
 def pair_of(measures: Measures, row: str, other: str, column: str) -> SetPair | AveragePair | None:
-    """Return what the images say of two rows in one column."""
+    """Look up the difference of two rows in one column, as measured from predictions."""
     if is_average(column):
         return measures.average_pair(row, other, column)
     return measures.pair(row, other, column)
 
 
 def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, ...] | None:
-    """Return each seed's value minus its baseline's, or None unless both have the same seeds."""
+    """Subtract the baseline's value for each seed; None unless both have the same seeds."""
     if not values or values.keys() != baseline.keys():
         return None
     return tuple(values[seed] - baseline[seed] for seed in sorted(values))
 
 
 def difference_cells(row: DifferenceRow, seeds: bool = True) -> list[list[str]]:
-    """Return for each baseline the difference, and the seeds' own if wanted, as text."""
+    """Format the difference to each baseline and, if `seeds`, the differences per seed."""
     cells = []
     for values, measured in zip(row.against, row.measured, strict=True):
         if measured is not None:
@@ -506,7 +505,7 @@ def difference_cells(row: DifferenceRow, seeds: bool = True) -> list[list[str]]:
 
 
 def interval_text(pair: SetPair | AveragePair) -> str:
-    """Return a difference in points, its interval, and a mark if it counts (`significant`)."""
+    """Format a difference in points with its interval, and a mark if it is `significant`."""
     value, (low, high), _ = pair.difference
     mark = SIGNIFICANT if significant(pair) else ""
     return f"{100 * value:+z.2f} [{100 * low:+z.2f}, {100 * high:+z.2f}]{mark}"
@@ -515,7 +514,7 @@ def interval_text(pair: SetPair | AveragePair) -> str:
 def text_tables(
     rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0
 ) -> list[TextTable]:
-    """Return results and differences as text; `hidden` WiSE models are left out of `rows`."""
+    """Format results and differences; `hidden` is the number of WiSE models missing in `rows`."""
     winners, shown = best(rows), columns(rows)
     lines = []
     for index, row in enumerate(rows):
@@ -526,10 +525,10 @@ def text_tables(
     if not differences:
         return [results]
     measured = any(pair is not None for row in differences for pair in row.measured)
-    # with one seed, its own difference is the one that stands before; differences.csv has each
+    # with one seed, its difference is already the mean; differences.csv has those of each seed
     several = not measured and any(len(row.seeds) > 1 for row in differences)
     cells = [difference_cells(row, several) for row in differences]
-    # a baseline that nothing is compared with is no column
+    # a baseline without any difference gets no column
     kept = [
         place
         for place in range(len(cells[0]))
@@ -548,14 +547,14 @@ def text_tables(
 
 
 def cell_text(row: Row, column: str) -> str:
-    """Return a row's number in a column."""
+    """Format a row's number in a column."""
     if column not in row.cells:
         return ABSENT
     return row.cells[column].text(sign="+" if column == EFFECTIVE else "")
 
 
 def compact(shown: Sequence[str]) -> frozenset[int]:
-    """Return which columns have no spread where there is little room: all but those compared."""
+    """Choose the columns without spread on a narrow console: all but ID and OOD average."""
     kept = {ID_COLUMN, OOD_COLUMN}
     if len(shown) <= 3 or not kept & set(shown):
         return frozenset()
@@ -563,10 +562,11 @@ def compact(shown: Sequence[str]) -> frozenset[int]:
 
 
 def markdown(tables: Sequence[TextTable]) -> str:
-    """Return tables as Markdown."""
+    """Format tables as Markdown."""
     lines = []
     for table in tables:
-        # beside the paper's, a word on the left says which lines are ours
+        # the comparison with the paper is left-aligned and has no bold: its second column names
+        # the source
         right = table.justify == "right"
         lines.append(markdown_line("recipe", *table.header))
         lines.append(markdown_line("---", *["--:" if right else "---"] * len(table.header)))
@@ -578,18 +578,18 @@ def markdown(tables: Sequence[TextTable]) -> str:
 
 
 def markdown_line(*cells: str) -> str:
-    """Return one line of a table."""
+    """Format one line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def markdown_escape(text: str) -> str:
-    """Return text that Markdown shows as it is."""
-    # HTML first: Markdown passes it on; its entities hold none of the letters escaped after it
+    """Escape text so that Markdown shows it literally."""
+    # HTML first, because Markdown passes it on; entities contain no character escaped after it
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return the result table as CSV: means and standard deviations, absent ones empty."""
+    """Format the result table as CSV: means and standard deviations, empty if missing."""
     shown = columns(rows)
     numbers = [text for name in map(heading, shown) for text in (name, f"{name} sd")]
     lines = [["recipe", "n", "seeds", *numbers]]
@@ -601,7 +601,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def csv_lines(lines: Iterable[Sequence[str]]) -> str:
-    """Return lines of cells as CSV, in which no name is a formula to a spreadsheet."""
+    """Format lines of cells as CSV, in which spreadsheets take no name for a formula."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerows([csv_cell(text) for text in line] for line in lines)
@@ -609,9 +609,9 @@ def csv_lines(lines: Iterable[Sequence[str]]) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """Return a cell's text; an apostrophe makes one that would be computed a text.
+    """Put an apostrophe before text that a spreadsheet would compute as a formula.
 
-    A number may begin with a sign. In some languages a spreadsheet takes full-width signs, too.
+    Numbers may begin with a sign. In some languages spreadsheets also accept full-width signs.
     """
     start = unicodedata.normalize("NFKC", text.lstrip(" "))[:1]
     if start not in tuple("=+-@|%\t\r\n") or re.fullmatch(NUMBER, text):
@@ -620,15 +620,15 @@ def csv_cell(text: str) -> str:
 
 
 def csv_numbers(cell: Spread | None) -> tuple[str, str]:
-    """Return mean and standard deviation, empty where there is none."""
+    """Format mean and standard deviation, each empty if missing."""
     if cell is None:
         return "", ""
     return f"{cell.mean:.6f}", "" if cell.sd is None else f"{cell.sd:.6f}"
 
 
 def console_table(table: TextTable) -> RichTable:
-    """Return a table for a console of 100 columns, in ASCII for any encoding."""
-    # Text, not str, here and below: rich reads [words] in a str as markup
+    """Make a table for a console of 100 columns, in ASCII for any encoding."""
+    # Text, not str, here and below: rich takes [words] in a str for markup
     found = RichTable(
         title=Text(table.caption),
         title_justify="left",
@@ -638,12 +638,12 @@ def console_table(table: TextTable) -> RichTable:
         show_edge=False,
         padding=0,
     )
-    # fold: rich would otherwise cut a number that does not fit and end it with dots
+    # fold, because rich would otherwise cut numbers that do not fit
     found.add_column("recipe", overflow="fold")
     for name in table.header:
         found.add_column(name, justify=table.justify, overflow="fold")
     for recipe, source, cells in table.lines:
-        # a long name takes several lines, which break at its hyphens
+        # a long name is wrapped at its hyphens
         name = Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
         texts = [
             Text(_for_console(text, place in table.compact), style="bold" if bold else "")
@@ -687,7 +687,7 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
 
 
 def precisions(rows: Sequence[Row]) -> str:
-    """Return a warning, with a space before it, if rows were trained in different precisions."""
+    """Make a warning, after a space, if rows were trained in different precisions; or empty."""
     trained = [row for row in rows if row.precision]
     found = sorted({row.precision for row in trained})
     if len(found) < 2:

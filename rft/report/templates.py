@@ -1,4 +1,4 @@
-"""Pages of one file without a network: one look (base.css), everything of others escaped."""
+"""Templates of self-contained pages: a common style (base.css), and all texts escaped."""
 
 import base64
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from rft.text import plain
 
 
 def environment(folders: Sequence[Path] = ()) -> jinja2.Environment:
-    """Return what renders the templates of this folder, and of others; texts are escaped.
+    """Make a jinja environment for the templates of this and other folders; texts are escaped.
 
-    The filter `plain` escapes control characters, which jinja does not. base.css wants the colours
+    The filter `plain` escapes control characters, which jinja does not. base.css needs the module
     `rft.report.colors` as `grounds`.
     """
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
-        # a misspelt name in a template is an error, not an empty text
+        # a misspelt name in a template raises instead of printing nothing
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -28,5 +28,5 @@ def environment(folders: Sequence[Path] = ()) -> jinja2.Environment:
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """Return an image of a kind that browsers show, as the address of an `img` element."""
+    """Encode an image as the data URL of an `img` element."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,8 +1,9 @@
-"""A testbed: accuracies of models that were trained without robustness in mind, from a CSV file.
+"""A testbed: accuracies of models trained without robustness interventions, from a CSV file.
 
-Columns `model`, `id` and `ood`, the accuracies in percent; other columns are ignored. A line
-through them says which OOD accuracy an ID accuracy lets expect (`rft.statistics.robustness`). The
-two averages must be over the same sets as the report's: the file cannot show that they are.
+Its columns are `model`, `id` and `ood`, with accuracies in percent; other columns are ignored. A
+line fitted to them gives the OOD accuracy to expect for an ID accuracy
+(`rft.statistics.robustness`). Both averages must be over the same sets as the report's, which
+cannot be checked from the file.
 """
 
 import csv
@@ -21,14 +22,14 @@ COLUMNS = ("model", "id", "ood")
 
 
 def read_line(path: Path) -> Line:
-    """Fit the line through a testbed file.
+    """Fit the line to the models of a testbed file.
 
     Raises:
-        ValueError: naming the file and the line of it that is wrong.
+        ValueError: naming the file and the malformed line.
     """
     data = files.read_bytes(str(path), BYTES)
     try:
-        # a spreadsheet begins its files with a byte order mark
+        # -sig, because spreadsheets start files with a byte order mark
         text = data.decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         if missing := set(COLUMNS) - set(reader.fieldnames or ()):
@@ -42,7 +43,7 @@ def read_line(path: Path) -> Line:
         return robustness.fit([x / 100 for x in in_], [y / 100 for y in out])
     except (ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path} is no testbed file of columns {', '.join(COLUMNS)}: {error}"
+            f"{path} is not a testbed file with columns {', '.join(COLUMNS)}: {error}"
         ) from error
 
 
@@ -51,7 +52,7 @@ def _percent(text: str | None, name: str, line: int) -> float:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    # written so that NaN does not pass
+    # `not` around the comparison, so that NaN fails it
     if not 0 < value < 100:
         raise ValueError(
             f"line {line}: {name} is {short(text)}; it must be a percentage above 0 and below 100"

@@ -1,4 +1,4 @@
-"""Small pictures of samples, read from the packed sets that runs were evaluated on."""
+"""Thumbnails of samples, read from the packed sets that runs were evaluated on."""
 
 import base64
 import io
@@ -17,10 +17,10 @@ from rft.shards.ranges import RangeError, cut
 from rft.storage import files
 
 SIDE = 96  # pixels of the longer side
-QUALITY = 70  # of WebP: some two kilobytes for a photo
+QUALITY = 70  # of WebP: about two kilobytes per photo
 
 Place = tuple[str, int]
-"""A packed set, and the number of a sample in it."""
+"""The name of a packed set, and the number of a sample in it."""
 
 log = logging.getLogger(__name__)
 
@@ -36,26 +36,24 @@ def read_thumbnails(
     Args:
         data: URL of the data root.
         wanted: sample -> its key.
-        counts: of the sets of these samples, which name their data.
-        max_pixels: millions of pixels that an image may have.
+        counts: the counts on the sets of these samples, which identify their data.
+        max_pixels: limit of an image, in millions of pixels.
 
     Returns:
-        The pictures without those that are broken, which are warned of, and the names of sets that
-        the data root lacks, likewise.
+        The pictures, and the names of the sets that the data root lacks. Broken images are left
+        out. There is a warning of both.
 
     Raises:
-        ValueError: if it has none of the sets, or one is not the set that was evaluated or cannot
-            be read.
+        ValueError: if the data root has none of the sets, or a set is not the one that was
+            evaluated or cannot be read.
     """
     names = list(dict.fromkeys(name for name, _ in wanted))
     missing = [name for name in names if not files.exists(files.join(data, name, MANIFEST))]
     if missing and missing == names:
-        # which raises, with a hint
+        # raises an error with a hint
         Manifest.load(files.join(data, names[0]))
     if missing:
-        log.warning(
-            f"{data} has no packed set {', '.join(missing)}, so none of its images is shown"
-        )
+        log.warning(f"{data} has no packed set {', '.join(missing)}, so its images are not shown")
     found: dict[Place, bytes] = {}
     for name in names:
         if name not in missing:
@@ -71,13 +69,13 @@ def _open(url: str, count: SetCount, max_pixels: float) -> PackedSet:
         raise ValueError(
             f"{url} is not the set that the runs were evaluated on: its manifest is "
             f"{packed.manifest.sha256[:12]} ({len(packed):,} images), {filenames.RESULTS} has "
-            f"{count.manifest_sha256[:12]} ({count.total:,}); give --data of their evaluation"
+            f"{count.manifest_sha256[:12]} ({count.total:,}); use the --data of their evaluation"
         )
     return packed
 
 
 def _pictures(packed: PackedSet, samples: Mapping[int, str]) -> Iterator[tuple[int, bytes]]:
-    """Yield each sample's picture; those that are broken are counted in one warning."""
+    """Yield each sample's picture; broken ones are counted in one warning."""
     broken: list[str] = []
     for sample, key in samples.items():
         if packed.key(sample) != key:
@@ -86,7 +84,7 @@ def _pictures(packed: PackedSet, samples: Mapping[int, str]) -> Iterator[tuple[i
                 f"same data have {key!a}; evaluate the runs again"
             )
     numbers = np.array(sorted(samples))
-    # ObjectNet's images may be published with their red frame only, which packing cuts off
+    # ObjectNet's images may be published only with their red border, which packing cuts off
     framed = packed.manifest.encoding["crop_border"] > 0
     for start, stop in cut(packed.index.length[numbers].tolist(), PAYLOAD_BYTES):
         part_M = numbers[start:stop]
@@ -99,15 +97,15 @@ def _pictures(packed: PackedSet, samples: Mapping[int, str]) -> Iterator[tuple[i
                 broken.append(str(error))
     if broken:
         more = f" (and {len(broken) - 1} more of this set)" if broken[1:] else ""
-        log.warning(f"an image is not shown: {broken[0]}{more}")
+        log.warning(f"image not shown: {broken[0]}{more}")
     packed.shards.close()
 
 
 def _payloads(packed: PackedSet, samples_M: np.ndarray) -> Sequence[bytes | ValueError]:
-    """Return the stored bytes of samples, or why one has none.
+    """Read the stored bytes of samples; a sample that cannot be read gets its error instead.
 
     Raises:
-        ValueError: if a shard cannot be read at all, which no other of its samples will change.
+        ValueError: if a shard cannot be read at all, so that all its samples would fail.
     """
     try:
         return packed.payloads(samples_M)
@@ -116,16 +114,16 @@ def _payloads(packed: PackedSet, samples_M: np.ndarray) -> Sequence[bytes | Valu
             raise
         if len(samples_M) == 1:
             return [error]
-        # one by one, to know which
+        # read one by one, to find the broken sample
         return [one for sample in samples_M for one in _payloads(packed, np.array([sample]))]
 
 
 def thumbnail(image: Image.Image, *, framed: bool = False, side: int = SIDE) -> bytes:
-    """Return an RGB image as WebP, at most `side` pixels long, with a red line around it if asked.
+    """Encode an RGB image as WebP, at most `side` pixels long; `framed` adds a red border.
 
     Equal images give equal bytes.
     """
-    # not larger than it is: the page enlarges small ones
+    # `Image.thumbnail` never enlarges; the page does that for small images
     image.thumbnail((side, side))
     if framed:
         image = ImageOps.expand(ImageOps.crop(image, 1), 1, "red")
@@ -135,7 +133,7 @@ def thumbnail(image: Image.Image, *, framed: bool = False, side: int = SIDE) -> 
 
 
 def styles(name: str, pictures: Sequence[bytes]) -> str:
-    """Return a style sheet in which class `name`-N has the WebP picture N as background."""
+    """Make a style sheet in which class `name`-N has the WebP picture N as background."""
     return "\n".join(
         f".{name}-{number}{{background-image:url(data:image/webp;base64,"
         f"{base64.b64encode(picture).decode('ascii')})}}"

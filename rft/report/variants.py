@@ -1,8 +1,8 @@
-"""Rows of one recipe with different settings: which runs are one row, and what it is called. Pure.
+"""Groups runs of one recipe by their settings, and names the resulting rows. Pure.
 
-Runs that differ in nothing but the seed, and what follows from it (`rft.config.settings`), are one
-row. Where a recipe was run with several settings, each row's name says those in which they differ:
-`vanilla, lr 1e-05`.
+Runs that differ only in the seed, and in settings that follow from it (`rft.config.settings`), form
+one row. If a recipe was run with several settings, each row's name has the settings in which they
+differ: `vanilla, lr 1e-05`.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 from rft.storage.files import differing
 from rft.text import short, to_ascii
 
-SHOWN = 3  # settings in a name; a sweep changes one or two
-NAME_LETTERS = 40  # of a setting's name
-ABSENT = "none"  # of an option that one of the runs did not have, or that is null
+SHOWN = 3  # most settings in a name; a sweep changes one or two
+NAME_LETTERS = 40  # limit of a setting's name
+ABSENT = "none"  # value of an option that a run does not have, or that is null
 
 
 def variants(documents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Return for each run what follows its recipe in the name of its row; empty for one setting.
+    """Make for each run the suffix of its recipe in the row's name; empty if there is one setting.
 
-    A run is its recipe and its settings. Equal texts are equal settings.
+    A run is given by its recipe and its settings. Equal suffixes mean equal settings.
     """
     by_recipe: dict[str, dict[str, Mapping[str, Any]]] = {}
     found = [(recipe, _present(settings)) for recipe, settings in documents]
@@ -32,20 +32,20 @@ def variants(documents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _present(settings: Any) -> Any:
-    """Return settings without those that are null: older versions did not have them."""
+    """Drop settings that are null, because older versions did not have them."""
     if not isinstance(settings, dict):
         return settings
     return {name: _present(value) for name, value in settings.items() if value is not None}
 
 
 def _named(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return key -> name of each of a recipe's settings."""
+    """Map the key of each of a recipe's settings to its name."""
     first = next(iter(groups.values()))
     changes = {
         key: {name: new for name, _, new in differing(first, settings)}
         for key, settings in groups.items()
     }
-    # every leaf in which two of them differ is one in which one of them differs from the first
+    # if any two settings differ in an option, at least one of them differs from the first in it
     before = {
         name: old for settings in groups.values() for name, old, _ in differing(first, settings)
     }
@@ -58,7 +58,7 @@ def _named(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         if len(before) > SHOWN:
             parts.append(f"and {len(before) - SHOWN} more")
         text = ", ".join(parts)
-        # 1 and 1.0 are one setting; others differ in what the name does not show
+        # 1 and 1.0 are the same setting; otherwise a number distinguishes equal names
         same = [other for other, name in texts.items() if name == text]
         equal = next((other for other in same if groups[other] == groups[key]), None)
         different = {named[other] for other in same}
@@ -68,7 +68,7 @@ def _named(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _short_names(leaves: Iterable[str]) -> dict[str, str]:
-    """Return each setting's name without its group, where that is enough to know it by."""
+    """Drop the group from the names of settings if they remain unique."""
     leaves = list(leaves)
     last = [name.rpartition(".")[2] for name in leaves]
     return {
@@ -78,7 +78,7 @@ def _short_names(leaves: Iterable[str]) -> dict[str, str]:
 
 
 def _cut(name: str) -> str:
-    # a document of others may have any text for a name
+    # an untrusted document may have any text as a name
     text = to_ascii(name)
     return text if len(text) <= NAME_LETTERS else f"...{text[-NAME_LETTERS:]}"
 

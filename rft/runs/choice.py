@@ -1,4 +1,4 @@
-"""Which of several models was chosen by held-out images (rft/merge/choose.py). No torch."""
+"""The record of a model choice on held-out images (rft/merge/choose.py). No torch."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from rft.runs.folder import checkpoint_path
 from rft.storage import files
 from rft.storage.documents import Name, Positive, Schema, Sha256, Text, Whole, document
 
-BYTES = 2**20  # of a document of candidates
+BYTES = 2**20  # limit of a document of candidates
 
 
 @document(name="candidate")
 class Candidate:
-    """A model that was counted."""
+    """A model that was evaluated for the choice."""
 
     path: Text
     sha256: Sha256
@@ -20,13 +20,13 @@ class Candidate:
 
 @document(name="choice")
 class Choice:
-    """What was counted on which images, and what was chosen."""
+    """The counts of all candidates, the images that they are of, and the chosen model."""
 
     schema: Schema = 1
     train_set: Name
     manifest_sha256: Sha256
     images: Positive
-    """Held-out images that each was counted on."""
+    """Held-out images that each candidate was evaluated on."""
     candidates: tuple[Candidate, ...]
     chosen: Text
     """Path of the run folder."""
@@ -38,6 +38,6 @@ def read(path: Path) -> Choice:
 
 
 def is_current(found: Choice) -> bool:
-    """Whether every candidate is a model on disk with the weights that were counted."""
+    """Whether every candidate is still on disk with the weights that were evaluated."""
     weights = [(checkpoint_path(Path(one.path)), one.sha256) for one in found.candidates]
     return all(path.is_file() and files.sha256_file(path) == known for path, known in weights)

@@ -1,9 +1,8 @@
-"""Run folders that no training made: of `rft.merge`, `rft.convert import` and `rft.ensemble`.
+"""Derived run folders: those of `rft.merge`, `rft.convert import` and `rft.ensemble`.
 
-A merge is known by `merged_from` in its config.json, an import by `imported_from`, an ensemble,
-whose folder never has weights, by `ensemble_of`. The weights that
-they came from are known by their hash, so that a run or a file may move between two calls.
-`rft.clip.model_folder` writes them.
+config.json has `merged_from` for a merge, `imported_from` for an import and `ensemble_of` for an
+ensemble, whose folder never has weights. The source weights are identified by their hash, so a run
+or a file may move between two calls. `rft.clip.model_folder` writes these folders.
 """
 
 import logging
@@ -18,7 +17,7 @@ from rft.runs.records import ORIGINS, RunConfig
 from rft.storage import files
 
 SHOWN = 3  # differences in an error
-# how a soup or a Model Stock came about, and what an ensemble fitted, are known only afterwards
+# the recipe of a soup or a Model Stock and the fit of an ensemble are known only afterwards
 LATER_KNOWN = ("data", "soup", "stock", "fitted")
 
 log = logging.getLogger(__name__)
@@ -28,42 +27,42 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
     """Whether the run folder already holds this merge, import or ensemble, complete with weights.
 
     Raises:
-        ValueError: if it holds anything else.
+        ValueError: if it holds a different model, or files that are no run.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; choose another")
     require_no_links(out)
     old = records.find_config(out)
     if old is None:
-        # what a killed writer left is hidden
+        # a killed writer leaves hidden files only
         if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
-            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
+            raise ValueError(f"{out} is not empty and not a run folder; choose another --out")
         return False
-    # each names one: merged_from, imported_from or ensemble_of
+    # config has exactly one of merged_from, imported_from and ensemble_of
     origin = next(name for name in ORIGINS if name in config)
     kind = ORIGINS[origin]
     if getattr(old, origin) is None:
-        what = "a training run" if old.is_training else "another model"
+        what = "a training run" if old.is_training else "a different model"
         raise ValueError(f"{out} holds {what}; choose another --out")
     has_weights = (out / SELECTED).is_file()
-    # one that stopped before its weights were there left nothing that another could spoil
+    # a writer that stopped before its weights left nothing to lose, so --out may be used again
     if not has_weights and not (out / filenames.RESULTS).is_file():
         return False
     if changed := files.difference(_identity(old.whole), _identity(config)):
         raise ValueError(
-            f"{out} holds another {kind}: {'; '.join(changed[:SHOWN])}; choose another --out"
+            f"{out} holds a different {kind}: {'; '.join(changed[:SHOWN])}; choose another --out"
         )
-    # counts alone: of an average that was evaluated without being written
+    # results without weights: an average that was evaluated but never written
     if not has_weights:
         return False
     require_own_weights(out)
-    # written last: without it the writer was stopped after the weights
+    # written last; if it is missing, the writer was stopped after the weights
     if not (out / filenames.PROVENANCE).is_file():
         return False
     if recorded_sha256(out, out / SELECTED) is None:
         log.warning(
-            f"{out / filenames.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
-            f"weights of this {kind} is not known; choose another --out to make them anew"
+            f"{out / filenames.PROVENANCE} has no weights_sha256, so {out / SELECTED} cannot be "
+            f"verified as the weights of this {kind}; choose another --out to make them anew"
         )
     return True
 
@@ -72,7 +71,7 @@ def require_weights(weights: Path) -> None:
     """Check that a weights file exists.
 
     Raises:
-        ValueError: naming it, or the command that writes it in the folder of an average.
+        ValueError: if it does not; for an average, with the command that writes the weights.
     """
     folder = weights.parent.parent
     if folder / SELECTED == weights and not weights.exists():
@@ -80,18 +79,18 @@ def require_weights(weights: Path) -> None:
         if config is not None and config.ensemble_of is not None:
             raise ValueError(
                 f"{folder} is an ensemble of two models and has no weights of its own; "
-                "python -m rft.ensemble evaluates it"
+                "evaluate it with python -m rft.ensemble"
             )
         if config is not None and config.merged_from is not None:
             raise ValueError(
-                f"{folder} is an average without weights, as rft.evaluate --wise and --soup leave "
-                f"it; write them: {_merge_command(folder, config)}"
+                f"{folder} is an average without weights, made by rft.evaluate --wise or --soup; "
+                f"write them: {_merge_command(folder, config)}"
             )
     files.require_file(weights, "checkpoint")
 
 
 def _merge_command(folder: Path, config: RunConfig) -> str:
-    """Return the command line that makes a merge."""
+    """Rebuild the command line of a merge from its configuration."""
     models = [model.path for model in config.merged_from or ()]
     if config.alpha is not None:
         words = ["wise", *models, "--alpha", str(config.alpha)]
@@ -100,7 +99,7 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
         if config.whole.get("parts") == "tower":
             words += ["--parts", "tower"]
     else:
-        # a soup's recipe is the merge's name
+        # the recipe of a soup is the name of its rft.merge subcommand
         words = [config.recipe, *models]
         if config.soup is not None:
             words += ["--data", config.data or "DATA"]
@@ -108,11 +107,11 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a config.json that decide the result, without paths."""
+    """Keep the entries of a config.json that decide the result; paths are dropped."""
     known = {name: value for name, value in config.items() if name not in LATER_KNOWN}
     for origin in ("merged_from", "ensemble_of"):
         if origin in config:
-            # numbered, so that a difference names the model; cut, because it is printed
+            # numbered, so that a difference names the model; shortened, because it is printed
             sha256 = [record["sha256"] for record in config[origin]]
             return {**known, origin: {str(n): digest[:12] for n, digest in enumerate(sha256)}}
     source = {name: value for name, value in config["imported_from"].items() if name != "path"}

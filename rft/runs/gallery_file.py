@@ -1,7 +1,7 @@
-"""A run's gallery.npz, checked: `rft.train` writes no other, and the report draws no other.
+"""Reads and checks a run's gallery.npz, for `rft.train`, which writes it, and for the report.
 
-Each array has a type, a shape and a range, and what the picture of them costs follows from the
-limits here. No torch.
+Every array has a required type, shape and range. The limits here also bound the cost of drawing
+the picture. No torch.
 
 Shapes: B images, C H W channels and pixels, P = G * G patches in row-major order, S steps.
 """
@@ -18,11 +18,11 @@ from rft.storage import files
 from rft.storage.arrays import read_npz
 from rft.storage.documents import Text, convert
 
-BYTES = 2**26  # of all arrays; `rft.train` writes some megabytes
+BYTES = 2**26  # of all arrays; `rft.train` writes a few megabytes
 IMAGES = 16  # `rft.train` writes 8
 COLUMNS = 24  # donor maps; `rft.train` writes one for each of 9 recipes
-STEPS = 12  # of the training; `rft.train` keeps 9
-SIDE = 512  # pixels, as open_clip's largest model has
+STEPS = 12  # frames of the training; `rft.train` keeps 9
+SIDE = 512  # pixels, the input size of open_clip's largest model
 STRENGTH = 1e6  # of relevance; an image's maximum is 1, and bicubic resizing must not overflow
 DROP = -1
 DONOR = "donor/"
@@ -30,17 +30,17 @@ DONOR = "donor/"
 
 @dataclass(frozen=True)
 class Frames:
-    """How the images looked to the model at some steps of its training."""
+    """The model's maps and masks of the images at some steps of its training."""
 
     steps_S: np.ndarray
     """Steps done, int64, ascending."""
     relevance_SBP: np.ndarray
     """Normalised map of the run's own kind of CAM, float32."""
     masked_SBP: np.ndarray | None = None
-    """The run's masks, bool; None where chance decides them."""
+    """The run's masks, bool; None if they are random."""
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return the arrays by their names in a file."""
+        """Map the names of the arrays in a file to the arrays."""
         return {name: column for name, column in vars(self).items() if column is not None}
 
 
@@ -56,14 +56,14 @@ class Gallery:
     donors: dict[str, np.ndarray]
     """Recipe -> donor map, int64 (B, P)."""
     frames: Frames | None
-    """None in a file of before frames were kept."""
+    """None in files of an older rft, which kept none."""
 
 
 def read(path: Path) -> Gallery:
     """Read a gallery.npz.
 
     Raises:
-        ValueError: if it is not one, naming the array that is wrong.
+        ValueError: if it is not a gallery, naming the array that is wrong.
     """
     try:
         return check(_arrays(path))
@@ -72,10 +72,10 @@ def read(path: Path) -> Gallery:
 
 
 def read_frames(path: Path, batch: int, patches: int) -> Frames | None:
-    """Read the frames of so many images in a gallery.npz or frames.npz; None if it has none.
+    """Read the frames of `batch` images in a gallery.npz or frames.npz; None if it has none.
 
     Raises:
-        ValueError: if they are not such, naming the array that is wrong.
+        ValueError: if the frames are malformed, naming the array that is wrong.
     """
     try:
         return _frames(_arrays(path), (batch, patches))
@@ -88,20 +88,20 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
-    """Return the gallery that the arrays of a gallery.npz are; those it does not know are ignored.
+    """Check the arrays of a gallery.npz and make a `Gallery` of them; unknown arrays are ignored.
 
     Raises:
-        ValueError: naming the array that is missing, or is wrong in type, shape or range.
+        ValueError: naming the array that is missing, or has a wrong type, shape or range.
     """
     donors = [name for name in arrays if name.startswith(DONOR)]
     if len(donors) > COLUMNS:
         raise ValueError(f"it has {len(donors)} donor maps; it may have {COLUMNS}")
-    # here as well as in read_npz: a training checks its arrays before it writes them
+    # also checked in read_npz; here for a training, which checks its arrays before it writes them
     if (size := sum(array.nbytes for array in arrays.values())) > BYTES:
         raise ValueError(f"its arrays have {size:,} bytes; they may have {BYTES:,}")
     images_BCHW = _array(arrays, "images_BCHW", "u", (None, 3, None, None))
     batch, _, height, width = images_BCHW.shape
-    # "u" is unsigned of any width
+    # "u" is any unsigned integer type
     if images_BCHW.dtype != np.uint8 or height != width:
         raise ValueError("images_BCHW must be square and of type uint8")
     if not (1 <= batch <= IMAGES and 1 <= height <= SIDE):
@@ -110,17 +110,17 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
     # item: a Python integer, which does not overflow below
     patch = _array(arrays, "patch", "iu", ()).item()
     if patch < 1 or height % patch:
-        raise ValueError(f"patch is {patch}: {height} x {width} pixels cannot be cut into such")
+        raise ValueError(f"patch is {patch}, which does not divide {height} x {width} pixels")
     shape = (batch, (height // patch) ** 2)
     relevance_BP = _relevance(arrays, "relevance_BP", shape)
     class_names = _array(arrays, "class_names", "U", (None,))
     labels_B = _array(arrays, "labels_B", "iu", (batch,), range(len(class_names)))
-    # a slice, because numpy fails on a single text with letters of no Unicode
+    # a slice, because numpy fails on a scalar text with code points outside Unicode
     names = tuple(_text(class_names[label : label + 1]) for label in labels_B.tolist())
     donor_maps = {}
     for name in donors:
         recipe = convert(name.removeprefix(DONOR), Recipe, "the name of a donor map")
-        # the range first: int64 would turn a large unsigned number into a negative one
+        # the range is checked first: int64 would make a large unsigned number negative
         donor_BP = _array(arrays, name, "iu", shape, range(DROP, batch))
         donor_maps[recipe] = donor_BP.astype(np.int64)
     return Gallery(
@@ -134,7 +134,7 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
 
 
 def _frames(arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Frames | None:
-    """Return the frames among the arrays, each of `shape`; None if there are none."""
+    """Check the frames among the arrays, each of `shape`; None if there are none."""
     if not any(field.name in arrays for field in dataclasses.fields(Frames)):
         return None
     steps_S = _array(arrays, "steps_S", "iu", (None,), range(2**53))
@@ -150,10 +150,10 @@ def _frames(arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Frames 
 
 
 def _relevance(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    # float64 beyond float32 becomes infinite, which the next check refuses
+    # float64 values beyond float32 become infinite, which the check below refuses
     with np.errstate(over="ignore"):
         relevance = _array(arrays, name, "f", shape).astype(np.float32)
-    # written so that NaN does not pass
+    # `not` around the comparison, so that NaN fails it
     if not (relevance.min() >= -STRENGTH and relevance.max() <= STRENGTH):
         raise ValueError(f"{name} must be finite, from {-STRENGTH:,.0f} to {STRENGTH:,.0f}")
     return relevance
@@ -166,7 +166,7 @@ def _array(
     shape: tuple[int | None, ...],
     numbers: range | None = None,
 ) -> np.ndarray:
-    """Return an array of a kind that numpy has a letter for; None is any length, or any numbers."""
+    """Check one array: `kinds` are numpy's type letters, None is any length, or any numbers."""
     if name not in arrays:
         raise ValueError(f"{name} is missing")
     array = arrays[name]
@@ -184,15 +184,15 @@ def _array(
         and array.size
         and (array.min() < numbers.start or array.max() >= numbers.stop)
     ):
-        raise ValueError(f"{name} must have numbers from {numbers.start} to {numbers.stop - 1}")
+        raise ValueError(f"{name} must be from {numbers.start} to {numbers.stop - 1}")
     return array
 
 
 def _text(name_1: np.ndarray) -> str:
-    # numpy takes letters of no Unicode, and fails on some
+    # numpy stores code points outside Unicode, and fails to convert some of them
     try:
         text = name_1.tobytes().decode("utf-32-le")
     except UnicodeDecodeError as error:
-        raise ValueError("class_names has letters that are not of Unicode") from error
+        raise ValueError("class_names has characters that are not Unicode") from error
     # numpy pads texts with zeros
     return convert(text.rstrip("\0"), Text, "class_names")

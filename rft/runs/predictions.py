@@ -1,15 +1,15 @@
-"""What a model predicted for each image of a set: one .npz for each set, in a run's folder.
+"""Per-image predictions of a model: one .npz per packed set, in the run folder.
 
-Everything that is said of a model on a set is made of these rows: accuracies, intervals, paired
-tests, calibration. `numpy.load` reads a file, and pandas in two lines (docs/evaluation.md). The
-columns are plain arrays of one length; sets with domains have one more. results.json has the file's
-hash, beside those of the weights and of the data, so a file of other weights is found out. No
-torch.
+All numbers of a model on a set are computed from these rows: accuracies, intervals, paired tests,
+calibration. `numpy.load` reads a file, and pandas takes two lines (docs/evaluation.md). The columns
+are plain arrays of one length. Sets with domains have one column more. results.json has the hash of
+the file beside those of the weights and of the data, so a file of different weights is detected.
+No torch.
 
-Where classes share a category, as in ObjectNet, they are scored together: a category's logit is
-the highest one of its classes, which is the benchmark's rule, and probabilities are taken over
-categories. A category is called by the smallest class id in it; where each class is its own, that
-is the class id.
+Classes that share a category, as in ObjectNet, are scored together: a category's logit is the
+highest one of its classes, which is the benchmark's rule, and probabilities are taken over
+categories. A category is named by its smallest class id. Where each class is a category of its own,
+that is the class id.
 
 Shapes: N images.
 """
@@ -28,7 +28,7 @@ from rft.storage.arrays import read_npz
 
 KEY_LETTERS = 1024  # of the longest key, as in an index
 DOMAIN_LETTERS = 1000  # of the longest name of a domain, as in a manifest
-HEADERS_BYTES = 2**13  # of the arrays, and more
+HEADERS_BYTES = 2**13  # an upper limit of the arrays' headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +42,29 @@ class Predictions:
     prediction: np.ndarray
     """The class, or category, with the highest logit among those that are scored, int32."""
     rank: np.ndarray
-    """How many categories the model puts before the label, int32: 0 is right, below 5 a top-5
-    hit."""
+    """Number of categories that the model ranks above the label, int32: 0 is right, below 5 is a
+    top-5 hit."""
     confidence: np.ndarray
     """Probability of the prediction, float32."""
     log_likelihood: np.ndarray
     """Natural logarithm of the label's probability, float32."""
     scaled_confidence: np.ndarray | None = None
-    """Of the logits divided by the temperature in results.json, where one was fitted; float32."""
+    """Confidence of the logits divided by the temperature in results.json, float32; None if no
+    temperature was fitted."""
     scaled_log_likelihood: np.ndarray | None = None
-    """Likewise."""
+    """Log-likelihood of the same logits."""
     domain: np.ndarray | None = None
-    """Name of its domain, text, as pandas groups by it; None for a set without domains."""
+    """Name of its domain, text, so that pandas can group by it; None for a set without domains."""
 
     @property
     def right(self) -> np.ndarray:
-        """Return which images are predicted right, bool (N,)."""
+        """Which images are predicted right, bool (N,)."""
         return self.rank == 0
 
     def to_bytes(self) -> bytes:
-        """Return the content of the file; equal rows give equal bytes."""
+        """Serialise the rows; equal rows give equal bytes."""
         stream = io.BytesIO()
-        # members are dated 1980-01-01: no clock gets into the bytes
+        # numpy dates the members 1980-01-01, so the bytes do not depend on the clock
         columns = {name: getattr(self, name) for name in COLUMNS}
         np.savez_compressed(
             stream, **{name: column for name, column in columns.items() if column is not None}
@@ -87,13 +88,13 @@ RANGE = {
     **dict.fromkeys(("confidence", "scaled_confidence"), (0, 1)),
     **dict.fromkeys(("log_likelihood", "scaled_log_likelihood"), (-np.inf, 0)),
 }
-SCALED = ("scaled_confidence", "scaled_log_likelihood")  # both or none
+SCALED = ("scaled_confidence", "scaled_log_likelihood")  # a file has both or neither
 assert list(COLUMNS) == [field.name for field in dataclasses.fields(Predictions)]
 NUMBERS_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values() if kind != "U")
 
 
 def path_of(checkpoint: Path, name: str) -> Path:
-    """Return where the predictions of a run folder or weights file on a packed set are kept."""
+    """Return the path of the predictions of a run folder or weights file on a packed set."""
     folder = filenames.PREDICTIONS
     if not checkpoint.is_dir():
         return checkpoint.with_suffix(f".{folder}") / f"{name}.npz"
@@ -101,42 +102,41 @@ def path_of(checkpoint: Path, name: str) -> Path:
 
 
 def require_no_links(checkpoint: Path, names: Iterable[str]) -> None:
-    """Check that no link leads to a folder of a model's predictions on some packed sets.
+    """Check that the folders of a model's predictions on some packed sets are not links.
 
     Raises:
         ValueError: naming the link.
     """
     folder = path_of(checkpoint, "").parent
-    # the name of a set may have folders; "." is the last of its parents
+    # a set's name may contain folders; the last of its parents is "."
     parents = (parent for name in names for parent in PurePosixPath(name).parents)
     local.require_no_links(folder.parent, (f"{folder.name}/{parent}" for parent in parents))
 
 
 def logits_path_of(checkpoint: Path, name: str) -> Path:
-    """Return where the logits of a run folder or weights file on a packed set are kept, if asked.
+    """Return the path of the logits that rft.evaluate --logits keeps for a packed set.
 
-    They are a .npy of half precision (N, K), of all classes of the head.
+    The file is a .npy of half precision (N, K), with all classes of the head.
     """
     return path_of(checkpoint, name).with_suffix(".logits.npy")
 
 
 def read(path: Path, images: int, sha256: str = "") -> Predictions:
-    """Read a file of predictions of so many images.
+    """Read a file of predictions.
 
     Args:
         path: the file.
-        images: how many its set has.
-        sha256: what results.json says of the file; not compared if empty.
+        images: number of images in the set.
+        sha256: hash of the file in results.json; not compared if empty.
 
     Raises:
-        ValueError: if it is absent, was changed, or holds anything else.
+        ValueError: if the file is missing, was changed, or is not a file of predictions.
     """
     limit = images * (NUMBERS_BYTES + 4 * (KEY_LETTERS + DOMAIN_LETTERS)) + HEADERS_BYTES
     data = files.read_bytes(str(path), limit)
     if sha256 and files.sha256_bytes(data) != sha256:
         raise ValueError(
-            f"{path} is not the file that {filenames.RESULTS} was written with; evaluate the run "
-            "again"
+            f"{path} was changed after {filenames.RESULTS} was written; evaluate the run again"
         )
     try:
         columns = read_npz(data, limit)
@@ -148,10 +148,10 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
 
 
 def _fault(columns: dict[str, np.ndarray], images: int) -> str:
-    """Explain why arrays cannot be the predictions of so many images; empty if they can."""
+    """Explain why arrays are not valid predictions of `images` images; empty if they are."""
     plain = [name for name in COLUMNS if name not in (*SCALED, "domain")]
     if columns.keys() - {"domain"} not in ({*plain}, {*plain, *SCALED}):
-        return f"its columns must be {', '.join(plain)}, they are {', '.join(columns)}"
+        return f"its columns are {', '.join(columns)}; they must be {', '.join(plain)}"
     for name, column in columns.items():
         kind = COLUMNS[name]
         same = column.dtype.kind == "U" if kind == "U" else column.dtype == np.dtype(kind)
@@ -159,9 +159,9 @@ def _fault(columns: dict[str, np.ndarray], images: int) -> str:
             return f"{name} must be {images:,} of {kind}, not {column.dtype} {column.shape}"
     for name in columns.keys() & RANGE.keys():
         lowest, highest = RANGE[name]
-        # written so that NaN does not pass
+        # `not` around the comparison, so that NaN fails it
         if not ((columns[name] >= lowest) & (columns[name] <= highest)).all():
             return f"{name} must be from {lowest:g} to {highest:g}"
     if ((columns["rank"] == 0) != (columns["label"] == columns["prediction"])).any():
-        return "an image has its label predicted and a rank above 0, or the other way round"
+        return "rank 0 and a right prediction must coincide, and for some image they do not"
     return ""

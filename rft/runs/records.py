@@ -1,9 +1,9 @@
-"""The documents of a run folder as types: what each file may hold, and the one way to read it.
+"""The documents of a run folder as types, and the only functions that read them.
 
-A run folder may come from an older rft, or from a stranger. What is wrong with a file is an error
-that names it; what is read has the types below, and nothing after it looks again. Fields that
-earlier versions did not write have defaults. Whether documents belong together, such as weights
-and counts, is for `rft.runs.folder`. No torch: the report uses this too.
+A run folder may come from an older rft, or from an untrusted source. A malformed file is an error
+that names it. After reading, values have the types below and are not checked a second time. Fields
+that earlier versions did not write have defaults. `rft.runs.folder` checks which documents belong
+together, such as weights and counts. No torch: the report uses this too.
 """
 
 import dataclasses
@@ -23,24 +23,24 @@ from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Share, T
 
 T = TypeVar("T")
 
-# field of a config.json -> what left the folder; that of a training has neither, but `optim`
+# field of a config.json -> kind of derived folder; a training has `optim` instead
 ORIGINS = {"merged_from": "merge", "imported_from": "import", "ensemble_of": "ensemble"}
 
-RECORD_BYTES = 2**24  # of each; a training's has some thousand
-LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
+RECORD_BYTES = 2**24  # limit of a document; a training's has a few thousand
+LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and small enough for the axes of a plot
 SAME_TEMPERATURE = 1e-3  # relative difference of two fits on the same images
-LINE_BYTES = 2**16  # of metrics; they have some hundred
+LINE_BYTES = 2**16  # limit of a line of metrics, which has a few hundred
 
 
 def _recipe(text: str) -> str:
-    # a name of spaces alone is printable, and invisible in a table
+    # a name of spaces alone is printable, but invisible in a table
     if not text.strip():
         raise ValueError("must be a printable name")
     return text
 
 
 def _set_name(name: str) -> str:
-    # joined to a data root, the name must stay below it
+    # the name is joined to a data root and must stay below it
     if posixpath.normpath(name) != name or name.split("/")[0] in ("", ".", "..") or "://" in name:
         raise ValueError("must be the name of a packed set, such as imagenet-val")
     return name
@@ -57,15 +57,15 @@ def _no_empty(value: object) -> object:
 
 
 Recipe = Annotated[Name, AfterValidator(_recipe)]
-"""Name of a row of the report."""
+"""Name of a row in the report."""
 SetName = Annotated[Name, AfterValidator(_set_name)]
 """Folder of a packed set below its data root."""
 Step = Annotated[int, Field(ge=-1, le=2**53)]
-"""An optimizer step, -1 where none was selected."""
+"""An optimizer step, -1 if none was selected."""
 RecordedSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""Seed of a run, which an older version may have trained with one that `Config` takes no more."""
+"""Seed of a run; older versions accepted seeds that `Config` refuses now."""
 Number = Annotated[float, Field(allow_inf_nan=True)]
-"""A measured number; a run that diverged logged NaN."""
+"""A measured number; a diverged run logs NaN."""
 Loss = Annotated[Number, AfterValidator(_drawable)]
 """A term of the loss, which the report draws."""
 Hashes = dict[Name, Sha256]
@@ -74,11 +74,11 @@ Hashes = dict[Name, Sha256]
 
 @document(name="temperature")
 class Temperature:
-    """What a model's logits are divided by so that its confidences match its accuracy."""
+    """The divisor of a model's logits that makes its confidences match its accuracy."""
 
     value: Annotated[float, Field(gt=0)]
     images: Annotated[int, Field(gt=0, le=2**53)]
-    """That it was fitted on: held-out images of a training set."""
+    """Number of images that it was fitted on: held-out images of a training set."""
     train_set: SetName
     manifest_sha256: Sha256
     held_out: Count
@@ -87,29 +87,29 @@ class Temperature:
 
 @document(name="count")
 class SetCount:
-    """How many of how many were right on one packed set."""
+    """The correct predictions on one packed set, and its files and scores."""
 
     correct: Count
     total: Annotated[int, Field(gt=0, le=2**53)]
     manifest_sha256: Sha256
     predictions_sha256: Sha256 | None = None
-    """Of the set's file of predictions (`rft.runs.predictions`); older counts have none."""
+    """Hash of the set's file of predictions (`rft.runs.predictions`); older counts have none."""
     logits_sha256: Sha256 | None = None
-    """Of its file of logits, where they were asked for."""
+    """Hash of the set's file of logits, if --logits kept one."""
     temperature: Temperature | None = None
-    """Of the scaled columns of its predictions, where one was fitted."""
+    """Temperature of the scaled columns of the predictions, if one was fitted."""
     no_temperature: Text = ""
-    """Why none was, where one was asked for."""
+    """Why no temperature was fitted although --temperature was given."""
     seen: Count = 0
-    """Images that the model was trained on, as far as that is known."""
+    """Images of the set that the model was trained on, as far as is known."""
     score: Score = "top1"
-    """The number that the set is known by, as its manifest declares."""
+    """The set's own score, as its manifest declares it."""
     ood: bool = False
-    """Whether it counts into the OOD average."""
+    """Whether the set counts in the OOD average."""
     value: Share | None = None
-    """That number, where it is another than top-1."""
+    """The value of `score`, unless that is top-1."""
     worst_domain: Text = ""
-    """The domain that it is of, if it is that of one."""
+    """The domain with that value, if `score` is of the worst domain."""
 
     def __post_init__(self) -> None:
         if self.correct > self.total:
@@ -120,34 +120,34 @@ class SetCount:
 
 @document(name="results")
 class Results:
-    """A results.json: counts, and which weights they belong to."""
+    """A results.json: counts, and the weights that they belong to."""
 
     schema: Schema = 1
     step: Count
     checkpoint: Text = ""
     checkpoint_sha256: Sha256
     config_sha256: Annotated[Sha256 | None, BeforeValidator(_no_empty)] = None
-    """Of the run folder's config.json; None for a weights file."""
+    """Hash of the run folder's config.json; None for a weights file."""
     sets: dict[SetName, SetCount]
     """Packed set -> counts."""
     unfinished: Text = ""
-    """How far the training was, if it had not ended."""
+    """Progress of the training, if it had not ended."""
     without_weights: bool = False
-    """Whether the weights were averaged in memory and not written; config.json then says which."""
+    """Whether the weights were averaged in memory and not written; config.json names the models."""
     provenance: dict[Name, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def temperature(self) -> Temperature | None:
         """The model's fitted temperature; None if none was fitted.
 
-        It is of held-out training images, so the set that it is recorded with does not matter.
+        It was fitted on held-out training images, so every set has the same one.
 
         Raises:
-            ValueError: if the sets were evaluated at different ones.
+            ValueError: if the sets were evaluated at different temperatures.
         """
         found = [one.temperature for one in self.sets.values() if one.temperature is not None]
         for one in found[1:]:
-            # fitted anew on a different device, the last digits differ
+            # a refit on a different device differs in the last digits
             close = math.isclose(one.value, found[0].value, rel_tol=SAME_TEMPERATURE)
             if not close or dataclasses.replace(one, value=found[0].value) != found[0]:
                 raise ValueError(
@@ -159,22 +159,22 @@ class Results:
 
 @document(name="training")
 class Training:
-    """A training.json: the run is complete."""
+    """A training.json, the last file of a complete training."""
 
     steps: Count
     best_step: Step
     world_size: Count
     manifest_sha256: Sha256 | None = None
-    """Of the training set."""
+    """Hash of the training set's manifest."""
     inputs: Hashes = dataclasses.field(default_factory=dict)
-    """Of the runs' weights that this one builds on."""
+    """Hashes of the weights of other runs that this one builds on."""
     weights_sha256: Hashes | None = None
-    """Of the files in checkpoints/."""
+    """Hashes of the files in checkpoints/."""
 
 
 @document(name="progress")
 class Reached:
-    """A progress.json: how far a training is."""
+    """A progress.json: the progress of a training."""
 
     step: Count
     of: Count
@@ -188,7 +188,7 @@ class Reached:
 
 @document(name="provenance", config=FOREIGN)
 class Provenance:
-    """A provenance.json, as `files.provenance` makes it; empty where it was not kept."""
+    """A provenance.json, as `files.provenance` makes it; empty fields were not recorded."""
 
     rft: Text = ""
     git: Text | None = None
@@ -197,12 +197,12 @@ class Provenance:
     machine: Text = ""
     command: tuple[Text, ...] = ()
     weights_sha256: Hashes | None = None
-    """Of a merge's or import's files in checkpoints/."""
+    """Hashes of a merge's or import's files in checkpoints/."""
 
 
 @document(name="merged_from")
 class Ancestor:
-    """A model that a merge averaged, or that an ensemble asks."""
+    """A model that a merge averaged, or a member of an ensemble."""
 
     path: Text
     sha256: Sha256
@@ -221,7 +221,7 @@ class Tried:
 
 @document(name="soup")
 class Soup:
-    """How a greedy soup came about."""
+    """The steps of a greedy soup."""
 
     correct: Count
     total: Count
@@ -233,36 +233,36 @@ class Bank:
     """The training images that VRF measures distances to."""
 
     images: Annotated[int, Field(gt=0, le=2**53)]
-    """That the zero-shot model gets wrong and the fine-tuned one right."""
+    """Images that the zero-shot model gets wrong and the fine-tuned one right."""
     of: Annotated[int, Field(gt=0, le=2**53)]
-    """Training images that were looked at."""
+    """Training images that were searched for them."""
     k: Annotated[int, Field(gt=0, le=2**53)]
-    """Distances are to the k-th nearest."""
+    """Distances are to the k-th nearest image."""
 
 
 @document(name="fitted")
 class Fitted:
-    """What an ensemble was fitted to, without any test image."""
+    """The fit of an ensemble to training images; no test image is used."""
 
     zero_shot: Temperature | None = None
-    """Of the zero-shot model, on held-out images."""
+    """Temperature of the zero-shot model, on held-out images."""
     fine_tuned: Temperature | None = None
-    """Likewise of the fine-tuned one."""
+    """Temperature of the fine-tuned model, on held-out images."""
     bank: Bank | None = None
 
 
 @document(name="cluster")
 class Cluster:
-    """Test images that DaWin gives one merged model."""
+    """Test images that DaWin predicts with one merged model."""
 
     share: Share
-    """Of the fine-tuned weights."""
+    """Share of the fine-tuned weights in the merge."""
     images: Annotated[int, Field(gt=0, le=2**53)]
 
 
 @document(name="clusters")
 class Clusters:
-    """A clusters.json: what DaWin made of each test set."""
+    """A clusters.json: the clusters of DaWin on each test set."""
 
     schema: Schema = 1
     sets: dict[SetName, tuple[Cluster, ...]]
@@ -270,7 +270,7 @@ class Clusters:
 
 @document(name="imported_from")
 class Source:
-    """What an import was made of."""
+    """The source of an import."""
 
     format: Text
     path: Text = ""
@@ -279,7 +279,7 @@ class Source:
     """Whether it has a text tower."""
     tag: Text = ""
     manifest_sha256: Sha256 | None = None
-    """Of the packed set whose class names made the head."""
+    """Hash of the manifest of the packed set whose class names made the head."""
 
 
 @document(name="model", config=FOREIGN)
@@ -299,10 +299,10 @@ class Optim:
 
 @document(name="config", config=FOREIGN)
 class RunConfig:
-    """A config.json of any kind: a training's, also an older version's, or a derived model's.
+    """A config.json of any kind: of a training, also by an older rft, or of a derived model.
 
-    The fields are those that commands read of folders that are not theirs; `rft.config.Config` is
-    a training's own.
+    The fields are those that commands read in other commands' folders. A training reads its own
+    with `rft.config.Config`.
     """
 
     recipe: Recipe
@@ -313,22 +313,22 @@ class RunConfig:
     precision: Text = ""
     model: Model = dataclasses.field(default_factory=Model)
     optim: Optim | None = None
-    """Of a training; a merge or an import has none."""
+    """Only in a training."""
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     merged_from: tuple[Ancestor, ...] | None = None
-    """Of a merge."""
+    """Only in a merge."""
     soup: Soup | None = None
-    """Of a greedy soup."""
+    """Only in a greedy soup."""
     imported_from: Source | None = None
-    """Of an import."""
+    """Only in an import."""
     ensemble_of: tuple[Ancestor, ...] | None = None
-    """Of an ensemble: the zero-shot and the fine-tuned model."""
+    """Only in an ensemble: the zero-shot and the fine-tuned model."""
     fitted: Fitted | None = None
-    """Of an ensemble that was fitted to training images."""
+    """Only in an ensemble that was fitted to training images."""
     transductive: bool = False
-    """Whether its answer to a test image depends on the other test images."""
+    """Whether its prediction for a test image depends on the other test images."""
     whole: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The document as it is, with everything else in it."""
+    """The complete document, including fields that this type does not have."""
 
     @property
     def is_training(self) -> bool:
@@ -337,13 +337,13 @@ class RunConfig:
 
     @property
     def is_derived(self) -> bool:
-        """Whether it is a merge's, an import's or an ensemble's."""
+        """Whether it belongs to a merge, an import or an ensemble."""
         return any(getattr(self, origin) is not None for origin in ORIGINS)
 
 
 @document(name="metrics", config=FOREIGN)
 class Metrics:
-    """What the report shows of a line of metrics.jsonl."""
+    """The values of a line of metrics.jsonl that the report shows."""
 
     step: Count
     time: Number | None = None
@@ -351,7 +351,7 @@ class Metrics:
     ce: Loss | None = None
     mse: Loss | None = None
     kd: Loss | None = None
-    # in place of ce, or beside it, for methods that have them
+    # terms of particular methods, in place of ce or beside it
     contrastive: Loss | None = None
     context: Loss | None = None
     lipsum: Loss | None = None
@@ -361,8 +361,8 @@ class Metrics:
 
     def __post_init__(self) -> None:
         if (self.held_out_correct is None) != (self.held_out_total is None):
-            raise ValueError("held_out_correct and held_out_total must be there together")
-        # both are absent or neither, so 0 stands for both
+            raise ValueError("held_out_correct and held_out_total must appear together")
+        # here either both are None or neither is, so 0 may replace None
         if (self.held_out_correct or 0) > (self.held_out_total or 0):
             found = f"{self.held_out_correct} of {self.held_out_total}"
             raise ValueError(f"held_out_correct is {found}; it must not be more")
@@ -379,23 +379,23 @@ def find(path: Path, kind: type[T]) -> T | None:
     """Read a document of a run; None if the run does not have it.
 
     Raises:
-        ValueError: if it is something else, naming the file, the place in it and what must be.
+        ValueError: if it is malformed, naming the file, the field and the requirement.
     """
     return files.read_document(str(path), kind, RECORD_BYTES) if path.exists() else None
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read a run folder's config.json, whatever made it.
+    """Read the config.json of a run folder, whichever command wrote it.
 
     Raises:
-        ValueError: if there is none, or it is not one of a run.
+        ValueError: if it is missing, or does not belong to a run.
     """
     path = str(folder / CONFIG)
     data = files.read_bytes(path, RECORD_BYTES)
     whole = documents.parse(data, path)
     if isinstance(whole, dict) and "recipe" not in whole:
         raise ValueError(f"{folder} is not a run folder: its {CONFIG} names no recipe")
-    # `whole` replaces whatever a field of that name holds in the file
+    # `whole` overrides a field of that name in the file
     return dataclasses.replace(documents.decode(data, RunConfig, path), whole=whole)
 
 
@@ -403,7 +403,7 @@ def find_config(folder: Path) -> RunConfig | None:
     """Read a run folder's config.json; None if there is none, as beside a weights file.
 
     Raises:
-        ValueError: if it is not one of a run.
+        ValueError: if it does not belong to a run.
     """
     return read_config(folder) if (folder / CONFIG).exists() else None
 
@@ -411,15 +411,15 @@ def find_config(folder: Path) -> RunConfig | None:
 def read_metrics(path: Path) -> Iterator[Logged]:
     """Yield the lines of a metrics.jsonl; an absent file has none.
 
-    A last line without its newline is what a killed run leaves behind and does not count.
+    A last line without a newline was left by a killed run and is ignored.
 
     Raises:
-        ValueError: if another line is not an object of numbers with a step.
+        ValueError: if a complete line is not an object of numbers with a step.
     """
     if not path.exists():
         return
     with local.reader(path) as stream:
-        # at most LINE_BYTES of a line at a time: a stranger's file may be one line
+        # at most LINE_BYTES at a time, because an untrusted file may be one huge line
         lines = iter(partial(stream.readline, LINE_BYTES), b"")
         for number, text in enumerate(lines, start=1):
             where = f"{path} line {number}"
@@ -428,13 +428,13 @@ def read_metrics(path: Path) -> Iterator[Logged]:
                     raise ValueError(f"{where} has more than {LINE_BYTES} bytes")
                 return
             documents.parse(text, where, nan=True)
-            # resuming copies lines as they are, so fields that Metrics passes over are checked, too
+            # resuming copies whole lines, so fields that Metrics ignores are checked as well
             documents.typed(text, dict[str, Number], where)
             yield Logged(text, documents.typed(text, Metrics, where))
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder's config.json is other code's: an object that names no recipe."""
+    """Whether a folder's config.json was written by other code: an object without a recipe."""
     if not (folder / CONFIG).is_file():
         return False
     whole = files.read_json(str(folder / CONFIG), RECORD_BYTES)

@@ -1,8 +1,8 @@
-"""Which packed sets a model's weights have seen: a fact that travels in the weights' header.
+"""Which packed sets a model's weights have seen, recorded in the header of the weights.
 
 Own photos are split anew when they are packed with a different seed or share, so a test image may
-be one that a model was trained on. A run folder may be copied, merged or imported, and a weights
-file lies alone; what it was trained on goes with it. No torch: it is a matter of headers.
+be one that a model was trained on. Run folders are copied, merged and imported, and weights files
+leave their folder, so the record is in the weights file itself. No torch: headers are enough.
 """
 
 import json
@@ -22,29 +22,29 @@ class TrainedOn(NamedTuple):
     """A packed set that weights have seen."""
 
     name: Name
-    """Of the set below its data root."""
+    """Name of the set below its data root."""
     manifest_sha256: Sha256
     held_out: Count = 0
-    """How many of its images the weights have not seen, drawn by `rft.loading.split`."""
+    """Number of its images that the weights have not seen, drawn by `rft.loading.split`."""
     split_seed: RecordedSeed = 0
-    """Seed of that draw, and of the next."""
+    """Seed of that draw, and of the draw of the shots."""
     shots: Count = 0
-    """Images of each class that they were trained on; 0 are all that were not held out."""
+    """Training images per class; 0 is all images that were not held out."""
 
 
 def as_lists(seen: Iterable[TrainedOn]) -> list[list[str | int]]:
-    """List sets for a JSON document; without shots, as versions read it that know of none."""
+    """List sets for a JSON document; 0 shots are left out, so that older versions can read it."""
     return [list(one if one.shots else one[:-1]) for one in sorted(set(seen))]
 
 
 def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
-    """Return the metadata entry that names the sets."""
-    # an empty list too: without an entry, the weights are taken for older ones, which are unknown
+    """Make the metadata entry that names the sets."""
+    # also for an empty list: weights without an entry are older ones, with unknown training sets
     return {KEY: json.dumps(as_lists(seen))}
 
 
 def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:
-    """Return the sets that a weights file's metadata names; None if it has no entry.
+    """Parse the training sets in a weights file's metadata; None if it has no entry.
 
     Raises:
         ValueError: naming the file, if it is malformed.
@@ -56,13 +56,13 @@ def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]
 
 
 def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
-    """Return the sets that a run folder's or weights file's model is known to have seen.
+    """Find the sets that the model of a run folder or weights file is known to have seen.
 
-    Older weights name none; the folder of a run that has ended does.
+    Older weights have no such entry. For them, the folder of a finished run names its set.
 
     Args:
         path: the run folder or weights file.
-        metadata: of its weights.
+        metadata: the metadata of its weights.
 
     Raises:
         ValueError: if the weights' header or a file of the run folder is malformed.
@@ -70,7 +70,7 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     seen = of_metadata(path, metadata)
     if seen is not None:
         return seen
-    # zero-shot: training.json names a set, which the weights have not seen
+    # step 0 is zero-shot: its training.json names a set that the weights have not seen
     if metadata.get("step") == "0":
         return frozenset()
     config = records.find_config(path)
@@ -81,13 +81,14 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
 
 
 def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:
-    """Return a warning if models, by what names them, have seen different sets of one name.
+    """Return a warning if models have seen different sets of one name; empty otherwise.
 
-    Empty if none have. Together they may have seen the test images of each other's split.
+    Together such models may have seen the test images of each other's split. The keys of `models`
+    are their names in the warning.
     """
     first: dict[str, tuple[str, str]] = {}
     for model, seen in models.items():
-        # sorted: a set's order differs between processes, and the warning should not
+        # sorted: the order of a Python set differs between processes, and the warning should not
         for one in sorted(seen):
             other, expected = first.setdefault(one.name, (model, one.manifest_sha256))
             if one.manifest_sha256 != expected:

@@ -1,1 +1,1 @@
-"""What per-image predictions say of a model, with the uncertainty of it. Pure: NumPy and SciPy."""
+"""Statistics of per-image predictions, with their uncertainty. Pure: NumPy and SciPy."""

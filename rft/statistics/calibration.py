@@ -1,7 +1,7 @@
-"""How well confidences match accuracies, and the temperature that makes them. Pure.
+"""Calibration: how well confidences match accuracies, and the temperature that corrects them. Pure.
 
-A confidence is the probability of the prediction. Bins are made over a whole set: an error that is
-averaged over batches is biased upwards and depends on their size.
+A confidence is the probability of the prediction. Bins are made over a whole set, because an error
+averaged over batches is biased upwards and depends on the batch size.
 
 Shapes: N images, K classes or groups of classes, M bins.
 """
@@ -15,12 +15,12 @@ from scipy.special import logsumexp, softmax
 
 BINS = 15
 """As in Guo et al. 2017."""
-TEMPERATURES = (0.01, 100.0)  # the range that is searched
-ROWS = 4096  # of logits that are looked at together, in fp64
+TEMPERATURES = (0.01, 100.0)  # range of the search
+ROWS = 4096  # rows of logits that are converted to fp64 at a time
 
 
 class Bins(NamedTuple):
-    """A calibration diagram: bins of confidence that are not empty, in rising order."""
+    """A calibration diagram: the non-empty bins of confidence, in rising order."""
 
     count_M: np.ndarray
     confidence_M: np.ndarray
@@ -29,7 +29,7 @@ class Bins(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Return the expected calibration error: the mean gap over images, in [0, 1]."""
+        """The expected calibration error: the mean gap over images, in [0, 1]."""
         gap_M = np.abs(self.accuracy_M - self.confidence_M)
         return float(np.average(gap_M, weights=self.count_M))
 
@@ -40,16 +40,16 @@ def bins(
     how: Literal["width", "mass"] = "width",
     number: int = BINS,
 ) -> Bins:
-    """Put images into bins by confidence.
+    """Sort images into bins by confidence.
 
-    "width": bins of equal width, (0, 1/M], (1/M, 2/M], ... as in Guo et al. 2017; "mass": bins of
-    equally many images, cut at quantiles. Equal confidences share a bin, so that the order of the
-    images does not matter, and bins of equal mass are then not quite equal.
+    "width" makes bins of equal width, (0, 1/M], (1/M, 2/M], ... as in Guo et al. 2017. "mass" makes
+    bins of equally many images, cut at quantiles. Equal confidences share a bin, so the order of
+    the images does not matter, and bins of equal mass may differ slightly in size.
     """
     confidence_N = confidence_N.astype(np.float64)
     shares = np.linspace(0, 1, number + 1)
     edges = shares if how == "width" else np.quantile(confidence_N, shares)
-    # the outer edges take no part: nothing is below or above them
+    # the outer edges are not needed: no confidence is below or above them
     bin_N = np.searchsorted(edges[1:-1], confidence_N)
     count_M = np.bincount(bin_N, minlength=number)
     seen = count_M > 0
@@ -61,11 +61,11 @@ def bins(
 
 
 def merge(parts: Sequence[Bins], number: int = BINS) -> Bins:
-    """Return the diagram of all images of several, each of bins of equal width."""
+    """Merge diagrams with bins of equal width into the diagram of all their images."""
     edges = np.linspace(0, 1, number + 1)
     count_M, confidence_M, right_M = np.zeros((3, number))
     for part in parts:
-        # a bin's mean confidence lies in it
+        # the mean confidence of a bin lies inside that bin, so it finds the bin
         bin_M = np.searchsorted(edges[1:-1], part.confidence_M)
         count_M[bin_M] += part.count_M
         confidence_M[bin_M] += part.count_M * part.confidence_M
@@ -76,19 +76,19 @@ def merge(parts: Sequence[Bins], number: int = BINS) -> Bins:
 
 
 def fit_temperature(logits_NK: np.ndarray, label_N: np.ndarray) -> float:
-    """Return the temperature T whose softmax(logits / T) makes the labels most likely.
+    """Find the temperature T for which softmax(logits / T) makes the labels most likely.
 
     The images must be neither training nor test images. The likelihood has one maximum, where the
     mean logit under the softmax equals that of the labels (Guo et al. 2017, section 4.2).
 
     Raises:
-        ValueError: if no temperature from 0.01 to 100 is the best one, as where every image is
-            right, or the logits say nothing.
+        ValueError: if the best temperature is not between 0.01 and 100, for example because every
+            image is right, or the logits are uninformative.
     """
     label_logit = logits_NK[np.arange(len(label_N)), label_N].astype(np.float64).sum()
 
     def slope(inverse: float) -> float:
-        """Return the derivative of the negative log-likelihood by 1 / T, which rises with it."""
+        """Differentiate the negative log-likelihood by 1 / T; the result rises with 1 / T."""
         expected = 0.0
         for start in range(0, len(logits_NK), ROWS):
             part_NK = logits_NK[start : start + ROWS].astype(np.float64)
@@ -99,8 +99,8 @@ def fit_temperature(logits_NK: np.ndarray, label_N: np.ndarray) -> float:
     if not slope(low) < 0 < slope(high):
         raise ValueError(
             f"no temperature from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} fits these "
-            f"{len(label_N):,} images best, as where all are predicted right, or by chance; "
-            "probabilities stay as the model has them"
+            f"{len(label_N):,} images best (all predicted right, or at chance level); "
+            "probabilities are left unscaled"
         )
     found = root_scalar(slope, bracket=(low, high), method="brentq", xtol=1e-15, rtol=1e-14)
     return float(1 / found.root)
@@ -109,6 +109,6 @@ def fit_temperature(logits_NK: np.ndarray, label_N: np.ndarray) -> float:
 def log_likelihood(
     logits_NK: np.ndarray, label_N: np.ndarray, temperature: float = 1.0
 ) -> np.ndarray:
-    """Return the log-probability of each image's label, fp64 (N,)."""
+    """Compute the log-probability of each image's label, fp64 (N,)."""
     scaled_NK = logits_NK.astype(np.float64) / temperature
     return scaled_NK[np.arange(len(label_N)), label_N] - logsumexp(scaled_NK, axis=1)

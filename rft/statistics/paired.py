@@ -1,11 +1,11 @@
-"""Two systems on the same test images: who is better, and could it be chance? Pure.
+"""Two systems on the same test images: which is better, and could the difference be chance? Pure.
 
-Images are what is drawn at random here. Systems that were trained with several seeds are compared
-by each image's mean over them, so the intervals hold for these trainings; how much another training
-would differ is seen in the spread over seeds.
+The images are the random sample here. Systems that were trained with several seeds are compared by
+the mean over seeds of each image, so the intervals hold for these trainings. How much a further
+training would differ shows in the spread over seeds.
 
-A unit of a bootstrap is what is drawn: an image, or all versions of one image, as in ImageNet-C,
-where versions of an easy image are easy too.
+A bootstrap draws units. A unit is an image, or all versions of one image, as in ImageNet-C, where
+all versions of an easy image are easy.
 
 Shapes: N images or units of one set, S seeds, R replicates, V different gains.
 """
@@ -19,25 +19,26 @@ from scipy.stats import binom
 from rft.statistics.accuracy import LEVEL, Interval
 
 REPLICATES = 10_000
-"""Of a bootstrap: the ends of a 95% interval then vary from draw to draw with a standard deviation
-of about 0.7% of its width."""
+"""Replicates of a bootstrap: the ends of a 95% interval then vary between draws with a standard
+deviation of about 0.7% of its width."""
 
 
-NOISE = 1e-12  # what rounding makes of a difference of 0
+NOISE = 1e-12  # a difference up to this is 0 with rounding errors
 
 
 class McNemar(NamedTuple):
     """McNemar's exact test of two models on one set."""
 
     gained: int
-    """Images that the first model has right, and the second wrong."""
+    """Images that the first model gets right and the second wrong."""
     lost: int
+    """Images that the second model gets right and the first wrong."""
     p: float
     """Two-sided p-value of the hypothesis that both are equally accurate."""
 
 
 class Difference(NamedTuple):
-    """A difference of accuracies, in [-1, 1], and what images drawn anew make of it."""
+    """A difference of accuracies, in [-1, 1], with the bootstrap interval and p-value."""
 
     value: float
     interval: Interval
@@ -45,63 +46,64 @@ class Difference(NamedTuple):
     """Two-sided, at least 1 / (replicates + 1)."""
 
     def __neg__(self) -> "Difference":
-        """Return the difference with the systems exchanged."""
+        """Exchange the two systems."""
         low, high = self.interval
         return Difference(-self.value, Interval(-high, -low), self.p)
 
 
 class Gains(NamedTuple):
-    """How much more often one system is right on a unit than the other, and on how many units.
+    """A histogram of gains: how much more often one system is right on a unit than the other.
 
-    A bootstrap needs no more: which unit has which gain makes no difference to a mean.
+    A bootstrap needs no more, because the mean does not depend on which unit has which gain.
     """
 
     gain_V: np.ndarray
     """Mean gain of a unit's images, fp64, in [-1, 1]; rising where units are images."""
     units_V: np.ndarray
-    """How many units have each, int64."""
+    """Number of units with each gain, int64."""
     size_V: np.ndarray
-    """Images of each of these units, int64."""
+    """Images in each of these units, int64."""
     lowest: float = -1.0
-    """The lowest gain that an image may have: of a difference -1, of an accuracy 0."""
+    """The lowest possible gain of an image: -1 for a difference, 0 for an accuracy."""
 
     @property
     def mean(self) -> float:
-        """Return the difference in accuracy over all images."""
+        """The difference in accuracy over all images."""
         images_V = self.units_V * self.size_V
         return float(images_V @ self.gain_V / images_V.sum())
 
     @property
     def gained(self) -> int:
-        """Return on how many units the first system is right more often."""
+        """Number of units on which the first system is right more often."""
         return int(self.units_V[self.gain_V > 0].sum())
 
     @property
     def lost(self) -> int:
-        """Return on how many units the first system is right less often."""
+        """Number of units on which the first system is right less often."""
         return int(self.units_V[self.gain_V < 0].sum())
 
 
 def mcnemar(one_N: np.ndarray, two_N: np.ndarray) -> McNemar:
-    """Test whether two models are equally accurate, from which images each has right, bool (N,)."""
+    """Test whether two models are equally accurate; bool (N,) marks the images each gets right."""
     gained, lost = (int(np.count_nonzero(a & ~b)) for a, b in ((one_N, two_N), (two_N, one_N)))
     return McNemar(gained, lost, float(mcnemar_p(np.array(gained), np.array(lost))))
 
 
 def mcnemar_p(gained: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """Return McNemar's exact p-values of many pairs of models, of any shape.
+    """Compute McNemar's exact p-values for many pairs of models, in arrays of any shape.
 
-    Of the images that only one of the two has right, each is as likely the one's as the other's
-    (McNemar 1947, with the binomial distribution instead of its approximation).
+    Under the null hypothesis, an image that only one of the two models gets right is as likely to
+    be the first model's as the second's (McNemar 1947, with the binomial distribution instead of
+    its approximation).
     """
-    # both tails are equal, and where gained is lost they share the middle
+    # both tails are equal; if gained equals lost they share the middle, hence the minimum
     return np.minimum(1.0, 2 * binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))
 
 
 def gains(one_SN: np.ndarray, two_SN: np.ndarray) -> np.ndarray:
-    """Return how much more often the first system has each image right, fp64 (N,), in [-1, 1].
+    """Compute how much more often the first system gets each image right, fp64 (N,), in [-1, 1].
 
-    Both are bool (S, N); the numbers of seeds may differ.
+    Both arguments are bool (S, N); the numbers of seeds may differ.
     """
     return one_SN.mean(axis=0) - two_SN.mean(axis=0)
 
@@ -113,21 +115,21 @@ def tally(
     two_seeds: int = 1,
     size_N: np.ndarray | None = None,
 ) -> Gains:
-    """Count the gains of two systems from how often they have each unit right, int (N,).
+    """Count the gains of two systems from their right predictions on each unit, int (N,).
 
     Args:
-        one_N: right predictions of a unit's images by all seeds of the first system.
-        one_seeds: how many seeds that are.
-        two_N: of the second system; without it, gains are the first one's accuracy.
-        two_seeds: its seeds.
-        size_N: images of each unit; without it, a unit is an image.
+        one_N: right predictions on a unit's images by all seeds of the first system.
+        one_seeds: number of these seeds.
+        two_N: the same of the second system; without it, gains are the first system's accuracy.
+        two_seeds: number of the second system's seeds.
+        size_N: images in each unit; without it, a unit is an image.
     """
     lowest = 0.0 if two_N is None else -1.0
     two_N = np.zeros_like(one_N) if two_N is None else two_N
-    # whole numbers, so that equal gains are one
+    # integers, so that equal gains fall into one entry
     if size_N is None:
         width = two_seeds + 1
-        # a pair of numbers of seeds as one number, as counting is faster than sorting
+        # a pair of counts is coded as one number, because counting is faster than sorting
         images_P = np.bincount(
             one_N.astype(np.intp) * width + two_N, minlength=(one_seeds + 1) * width
         )
@@ -152,36 +154,37 @@ def of_images(gain_N: np.ndarray) -> Gains:
 
 
 def redraw(found: Gains, draws: np.random.Generator, replicates: int = REPLICATES) -> np.ndarray:
-    """Return the mean gain of each replicate, fp64 (R,).
+    """Draw bootstrap replicates and compute the mean gain of each, fp64 (R,).
 
-    Each draws as many units as there are, with replacement. What is drawn are the numbers of units
-    of each gain, from the multinomial distribution that drawing them one by one gives.
+    A replicate draws as many units as the data have, with replacement. Only the number of units
+    with each gain matters, so these are drawn from the multinomial distribution.
 
-    Where all units have one gain, as where every image is right, drawing them again shows no
-    uncertainty. Then a share of the units gets the highest or the lowest gain instead, drawn from
-    the shares that seeing none among so many leaves likely: 95% of them are below 3 / units (the
-    rule of three, Hanley and Lippman-Hand 1983).
+    If all units have the same gain, for example because every image is right, resampling shows no
+    uncertainty. Then a share of the units gets the highest or the lowest gain instead. The share is
+    drawn from the shares that remain likely after none was seen among so many units: 95% of them
+    are below 3 / units (the rule of three, Hanley and Lippman-Hand 1983).
     """
     units = found.units_V.sum()
     if np.ptp(found.gain_V) < NOISE:
         other_R = draws.beta(1, units, replicates)
-        # half of each, so that neither side is the more likely
+        # exactly half of the replicates on each side, so that neither side is more likely
         upwards_R = draws.permutation(replicates) % 2 == 0
         end_R = np.where(upwards_R, 1.0, found.lowest)
         return found.gain_V[0] + other_R * (end_R - found.gain_V[0])
-    # the last number is what the others leave over and costs nothing, so it is the largest
+    # numpy draws one binomial per value, and the last follows from the others without a draw: sort
+    # so that this is the largest
     order = np.argsort(found.units_V, kind="stable")
     gain_V, units_V, size_V = found.gain_V[order], found.units_V[order], found.size_V[order]
     drawn_RV = draws.multinomial(units, units_V / units, replicates)
-    # sums of integers, times the step between gains, would be exact; these are good to 1e-15
+    # integer sums times the step between gains would be exact; this is accurate to 1e-15
     return drawn_RV @ (gain_V * size_V) / (drawn_RV @ size_V)
 
 
 def summarise(value: float, drawn_R: np.ndarray, level: float = LEVEL) -> Difference:
-    """Return a difference with the percentile interval and p-value that its replicates give."""
+    """Add the percentile interval and p-value of the replicates to a difference."""
     tail = (1 - level) / 2
     low, high = np.quantile(drawn_R, [tail, 1 - tail])
-    # rounding must not make a replicate of no difference one of a side
+    # a replicate without a difference counts on both sides, despite rounding errors
     sides = [np.count_nonzero(drawn_R <= NOISE), np.count_nonzero(drawn_R >= -NOISE)]
     p = min(1.0, 2 * (min(sides) + 1) / (len(drawn_R) + 1))
     return Difference(value, Interval(float(low), float(high)), p)
@@ -194,9 +197,9 @@ def bootstrap_of(
     replicates: int = REPLICATES,
     level: float = LEVEL,
 ) -> Difference:
-    """Return the mean over sets of the mean gains, with a percentile interval.
+    """Compute the mean over sets of the mean gains, with a percentile interval.
 
-    One set gives its difference in accuracy, the five OOD benchmarks that of their average.
+    One set gives its difference in accuracy. The five OOD benchmarks give that of their average.
     """
     drawn_R = np.mean([redraw(found, draws, replicates) for found in sets], axis=0)
     return summarise(float(np.mean([found.mean for found in sets])), drawn_R, level)
@@ -209,7 +212,7 @@ def bootstrap(
     replicates: int = REPLICATES,
     level: float = LEVEL,
 ) -> Difference:
-    """Return the mean over sets of the images' mean gain (N,); see `bootstrap_of`."""
+    """Compute the mean over sets of the mean gain of the images (N,); see `bootstrap_of`."""
     found = [of_images(gain_N) for gain_N in sets]
     draws = np.random.default_rng(seed)
     return bootstrap_of(found, draws, replicates=replicates, level=level)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from rft import cli, dist, recipes, small
+from rft import cli, commands, dist, recipes, small
 from rft.config import NEUTRAL, Config, load_config, resolve_precision
 from rft.dist import World
 from rft.runs import choice, records
@@ -95,7 +95,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     recipe = arguments[0] if named else recipes.DEFAULT
     options = arguments[1:] if named else arguments
     # recipe, scale and preset decide the defaults that the whole line is then parsed over
-    wants_help = bool({"-h", "--help", cli.HELP_ALL} & set(options))
+    wants_help = bool({"-h", "--help", commands.HELP_ALL} & set(options))
     # without --data the miniature is trained; --help shows the defaults of ImageNet all the same
     papers = wants_help or bool(_value_of(options, "--data"))
     scale = _value_of(options, "--scale") or ("paper" if papers else SMALL)

@@ -1,4 +1,4 @@
-"""What a CLIP of a stranger may be is written down once, and open_clip's own models are within."""
+"""The bounds on foreign CLIP configurations are defined once and admit open_clip's own models."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ FIELDS = {"": ModelFields, "vision_cfg": VisionFields, "text_cfg": TextFields}
 
 
 def limits(part: str) -> dict[str, float]:
-    """The largest value that is read of each field with one; shares and scales apart."""
+    """The largest accepted value of each bounded field; shares and scales separately."""
     schema = TypeAdapter(FIELDS[part]).json_schema()["properties"]
     found = {name: field.get("maximum") for name, field in schema.items()}
     return {name: limit for name, limit in found.items() if limit and not name.startswith("init_")}

@@ -1,4 +1,4 @@
-"""The zero-shot head, by hand and by the textbook."""
+"""The zero-shot head, computed by hand and by the textbook."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from rft.config import ModelConfig
 from tests.conftest import ARCHITECTURE, build_model
 from tests.reference import zero_shot
 
-# what a text tower of two dimensions makes of each prompt
+# the output of a two-dimensional text tower for each prompt
 EMBEDDINGS = {"cat": (3.0, 4.0), "a cat": (0.0, 2.0), "dog": (1.0, 0.0), "a dog": (0.0, -5.0)}
 WORDS = list(EMBEDDINGS)
 

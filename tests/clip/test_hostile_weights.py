@@ -1,4 +1,4 @@
-"""Weights files that anyone may have made: one line each, before memory or time is taken."""
+"""Hostile weights files get a one-line error each, before memory or time is spent."""
 
 import dataclasses
 import io
@@ -160,7 +160,7 @@ OWN = {
     "a name of a terminal": (lambda d: d.update({"\x1b[2J": d.pop(BIAS)}), "must have no control"),
     "many tensors": (
         lambda d: d.update({str(n): {"dtype": "F32", "shape": [0]} for n in range(10_001)}),
-        "has 10,[0-9]{3} tensors; a CLIP has 10,000 at most",
+        "has 10,[0-9]{3} tensors; the limit is 10,000",
     ),
 }
 
@@ -178,7 +178,7 @@ def test_a_header_of_ours_that_was_tampered_with_is_one_line(good, tmp_path, cha
 
 
 def test_a_header_that_names_a_tensor_twice(good, tmp_path):
-    """The safetensors library takes the last, other readers may take the first."""
+    """The safetensors library takes the last entry, other readers may take the first."""
     document, content = parts(good)
     text = json.dumps(document)
     text = text.replace('"head.bias"', '"head.bias": {"dtype": "I32"}, "head.bias"').encode()
@@ -193,7 +193,7 @@ def test_a_long_header_is_not_read(tmp_path):
         stream.write((header.BYTES + 1).to_bytes(8, "little") + b"{")
         stream.truncate(header.BYTES + 9)
     for read in (header.read, weights.read, load_state):
-        with pytest.raises(ValueError, match=r"a header of 16,777,217 bytes; that of weights has"):
+        with pytest.raises(ValueError, match=r"a header of 16,777,217 bytes; the limit is"):
             read(path)
 
 
@@ -380,7 +380,7 @@ def folder_with_card(path: Path, change: Change, metadata: dict | None = None) -
 
 
 def other_tower(**fields: object) -> Change:
-    """Another architecture in a card that agrees with itself."""
+    """A different architecture in a card that is consistent with itself."""
 
     def change(described: dict) -> None:
         described["architecture"] |= fields
@@ -427,10 +427,10 @@ def test_a_card_is_of_a_head_of_this_many_classes(tmp_path):
         weights.read(tmp_path / "m.safetensors")
 
 
-# Pickles and archives of less than a megabyte that want time or memory
+# Pickles and archives of less than a megabyte that would cost time or memory
 
 
-PRIME = 2**61 - 1  # of Python's hashes of numbers: all multiples have one hash
+PRIME = 2**61 - 1  # with Python's hash of integers, all multiples have one hash
 
 
 def number(value: int) -> bytes:
@@ -467,7 +467,7 @@ BOMBS = {
     "places": (b"\x80\x02" + LONG_LIST + b"h\x01Q0" * 90_000, "more than 20 arguments"),
     "state": (
         b"\x80\x02" + LONG_DICT + b"ccollections\nOrderedDict\n)Rq\x020" + b"h\x02h\x01b0" * 80_000,
-        "damaged or truncated: EOFError",  # state that a dict cannot keep is dropped
+        "damaged or truncated: EOFError",  # state that a dict cannot store is dropped
     ),
     "classes": (
         b"\x80\x02" + b"".join(b"ctorch.nn\nC%d\n0" % n for n in range(400_000)) + b"N.",
@@ -627,7 +627,7 @@ def test_a_pickle_sets_attributes_of_stand_ins_alone(tmp_path, made):
 
 
 def test_a_pickle_cannot_change_what_was_checked(tmp_path):
-    """BUILD sets attributes: of a storage, its size would be one that was never compared."""
+    """BUILD sets attributes: on a storage, its size would bypass the comparison."""
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
     for state in (b"}X\6\0\0\0nbytesK\0s", b"N}X\6\0\0\0nbytesK\0s\x86"):
         program = b"\x80\x02" + storage + state + b"b."
@@ -637,7 +637,7 @@ def test_a_pickle_cannot_change_what_was_checked(tmp_path):
 
 
 def costs_of(read: Callable[[], object]) -> tuple[str, float, int]:
-    """Message, seconds and bytes of a refusal, in a process of its own that may take 2 GB more."""
+    """Message, seconds and bytes of a refusal, in a separate process limited to 2 GB more."""
     here, there = os.pipe()
     if (pid := os.fork()) == 0:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -679,7 +679,7 @@ def test_no_small_file_takes_much(tmp_path, good):
         assert size < 5e8
 
 
-# Anything at all
+# Anything else
 
 
 @given(st.data())
@@ -733,7 +733,7 @@ def saved() -> tuple[bytes, ...]:
 def test_a_mutated_torch_file_is_read_or_one_line(tmp_path_factory, saved, data):
     path = tmp_path_factory.mktemp("torch") / "m.pt"
     changed = bytearray(data.draw(st.sampled_from(saved)))
-    # where the pickle and the list of members are
+    # positions of the pickle and of the list of members
     ends = st.integers(0, 3000) | st.integers(len(changed) - 3000, len(changed) - 1)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(ends)

@@ -1,4 +1,4 @@
-"""Weights by name without a network: a reason and three ways out, within seconds."""
+"""Weights by name without a network: a reason and three alternatives, within seconds."""
 
 import socket
 import sys
@@ -23,7 +23,7 @@ LAION = ModelConfig(clip="ViT-B-32", pretrained="laion2b_s34b_b79k")
 
 
 def complaint(capsys, config: ModelConfig = LAION) -> list[str]:
-    """What a command prints that cannot load a model."""
+    """The output of a command that cannot load a model."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: load.load_clip(config))
@@ -71,7 +71,7 @@ def test_a_server_that_never_answers(monkeypatch, tmp_path, capsys):
             with silent.accept()[0] as connection:
                 connection.recv(100)
                 asked.set()
-                connection.recv(100_000)  # until the client gives up
+                connection.recv(100_000)  # until the client stops retrying
                 connection.recv(1)
 
         thread = threading.Thread(target=accept)
@@ -86,7 +86,7 @@ def test_a_server_that_never_answers(monkeypatch, tmp_path, capsys):
 def test_a_server_that_refuses(hub: Hub, capsys, status, tries):  # noqa: F811
     hub.status = status
     require_ways(complaint(capsys), f"it answers {status}")
-    # one name is asked for, and only what may pass is repeated
+    # one name is requested, and only transient failures are retried
     assert hub.requests == tries * [f"HEAD /{REPO}/resolve/main/open_clip_pytorch_model.bin"]
 
 

@@ -1,4 +1,4 @@
-"""Prompts that the text tower would cut off are refused, by the exact count of its tokenizer."""
+"""Prompts that the text tower would truncate are refused, by its tokenizer's exact count."""
 
 import open_clip
 import pytest
@@ -17,7 +17,7 @@ def tokenizer():
     return open_clip.get_tokenizer("ViT-B-32")
 
 
-# "cat" and "!!" are a token each; id 0, with which rows are filled up, is a token of text as well
+# "cat" and "!!" are one token each; id 0, the padding, is also a token of text
 @pytest.mark.parametrize("word", ["cat", "!!", "7"])
 def test_the_longest_text_is_taken_and_one_more_token_is_not(tokenizer, word: str) -> None:
     longest = " ".join([word] * 75)

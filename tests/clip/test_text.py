@@ -1,4 +1,4 @@
-"""The text tower gives open_clip's features, of shorter texts and of prompts."""
+"""The text tower gives open_clip's features, for short texts and for prompts."""
 
 import dataclasses
 import types
@@ -33,7 +33,7 @@ def test_the_head_is_the_zero_shot_head():
     tower = TextTower(clip, "a test")
     with torch.no_grad():
         for parameter in (*clip.model.parameters(), *tower.parameters()):
-            parameter.mul_(1.1)  # a tower that has learnt, and a logit scale
+            parameter.mul_(1.1)  # a trained tower with a logit scale
     found = head_weight(tower, tokenize_prompts(clip, NAMES, TEMPLATES))
     expected = zero_shot_head(clip, NAMES, TEMPLATES).weight
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def test_a_tower_is_a_copy_with_gradients():
     clip = build_clip()
     tower = TextTower(clip, "a test")
     tower(clip.tokenize(["red"])).sum().backward()
-    # the loss of features does not know the scale
+    # the feature loss does not depend on the scale
     names = [n for n, p in tower.named_parameters() if p.grad is None]
     assert names == ["logit_scale"]
     assert all(parameter.grad is None for parameter in clip.model.parameters())

@@ -1,4 +1,4 @@
-"""Our forward is open_clip's forward, for every tower that it serves; the others are refused."""
+"""Our forward equals open_clip's for every supported tower; the others are refused."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ def empty_tower(name: str) -> nn.Module:
 
 @functools.lru_cache(maxsize=1)
 def draw_weights(name: str) -> dict[str, torch.Tensor]:
-    """Random weights of about their usual sizes; kept for the twin of other activation."""
+    """Random weights of roughly their usual sizes; kept for the twin with the other activation."""
     visual = empty_tower(name).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_every_open_clip_model_is_served_or_refused_by_reason():
         config = open_clip.get_model_config(name)
         vision = config["vision_cfg"]
         if "timm_model_name" in vision:
-            continue  # one class of towers, of which the test below builds one
+            continue  # one class of towers, of which the next test builds one
         with torch.device("meta"):
             visual = open_clip.model._build_vision_tower(config["embed_dim"], vision)
         try:

@@ -1,4 +1,4 @@
-"""Weights as other code saves them: told apart, read without running anything, held to a model."""
+"""Third-party weights: formats are detected, read without executing code, matched to a model."""
 
 import dataclasses
 import io
@@ -266,7 +266,7 @@ def test_the_attack_is_a_real_one(tmp_path):
 
 
 def test_what_torch_says_of_a_nested_pickle_is_not_passed_on(tmp_path):
-    # it advises to load without the restriction
+    # its advice is to load without the restriction
     path = tmp_path / "m.pt"
     nested = pickle.dumps(Evil(tmp_path / "was-here"), protocol=4)
     path.write_bytes(pickle.dumps(Reduced(torch.storage._load_from_bytes, nested)))
@@ -277,7 +277,7 @@ def test_what_torch_says_of_a_nested_pickle_is_not_passed_on(tmp_path):
 
 
 def test_names_that_are_stood_in_for_do_nothing(tmp_path):
-    # each is harmless here, and would not be with the real thing behind the name
+    # each is harmless here, but not with the real object behind the name
     marker = tmp_path / "was-here"
     getter = Reduced(getattr, nn.Module, "__init__")
     calls = [
@@ -290,7 +290,7 @@ def test_names_that_are_stood_in_for_do_nothing(tmp_path):
     content, _ = unpickle.read(path)
     assert all(isinstance(made, unpickle.StandIn) for made in content)
     assert [type(made).__mro__[1] for made in content] == [unpickle.StandIn] * 3
-    # what getattr is stood in for by cannot be called in turn
+    # the stand-in for getattr cannot be called in turn
     chain = b"\x80\x02c__builtin__\ngetattr\nctorch.nn\nModule\nX\x06\x00\x00\x00evil_x\x86R"
     path.write_bytes(
         chain + b"X" + bytes([len(str(marker)), 0, 0, 0]) + str(marker).encode() + b"\x85R."
@@ -304,7 +304,7 @@ def test_names_that_are_stood_in_for_do_nothing(tmp_path):
     "attributes", [b"}X\x01\x00\x00\x00aK\x01s", b"N}X\x08\x00\x00\x00__code__Ns\x86"]
 )
 def test_a_pickle_cannot_change_the_unpickler(tmp_path, attributes):
-    # BUILD sets attributes of whatever is on the stack: here of what _rebuild_parameter means
+    # BUILD sets attributes of any object on the stack: here of that of _rebuild_parameter
     path = tmp_path / "m.pt"
     path.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_parameter\n" + attributes + b"b.")
     with pytest.raises(ValueError, match="damaged"):
@@ -370,11 +370,11 @@ def test_a_tensor_outside_of_its_storage_is_refused(tensor):
         unpickle.load_tensors({"x": unpickle._rebuild_tensor(storage, *made.values())}, 1000)
 
 
-# Tiny files that want much memory or time
+# Tiny files that would cost much memory or time
 
 
 def peak_of_reading(path: Path) -> int:
-    """Bytes of Python's memory that it takes to refuse a file."""
+    """Bytes of Python's memory used to refuse a file."""
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=r"m\.pt"):
@@ -410,7 +410,7 @@ def test_tensors_are_not_larger_than_what_is_stored(tmp_path, state, archive):
 
 
 def rewrite(path: Path, *, compress: str = "", without: str = "") -> None:
-    """Write an archive again with one entry compressed, or without it."""
+    """Rewrite an archive with one entry compressed, or without it."""
     with zipfile.ZipFile(path) as old:
         entries = {name: old.read(name) for name in old.namelist()}
     with zipfile.ZipFile(path, "w") as new:
@@ -461,7 +461,7 @@ def test_modules_that_hold_the_next_one_twice_are_read_once(tmp_path):
 def test_a_buffer_that_is_not_saved_is_not_a_weight(tmp_path):
     module = nn.Linear(2, 1)
     module.register_buffer("scratch", torch.ones(2), persistent=False)
-    for protocol in (3, 4):  # where a set is a call, and where it is not
+    for protocol in (3, 4):  # the code points where a set is a call, and where it is not
         (tmp_path / "m.pt").write_bytes(pickle.dumps(module, protocol=protocol))
         content, _ = unpickle.read(tmp_path / "m.pt")
         assert [name for name, _ in unpickle.named_tensors(content)] == ["weight", "bias"]
@@ -568,11 +568,11 @@ def test_architectures_differ_in_all_but_the_name():
     assert ARCHITECTURE.difference(wide) == ["embed_dim: 12 -> 13"]
 
 
-# What a folder or a header asks other libraries for
+# Requests to other libraries that a folder or a header can cause
 
 
 def hub_folder(folder: Path, *, text: dict | None = None, **parts: object) -> Path:
-    """A folder in open_clip's hub layout whose configuration has something more."""
+    """A folder in open_clip's hub layout with an additional field in its configuration."""
     formats.write_hub_folder(folder)
     model_cfg = {**formats.CONFIG, "text_cfg": {**formats.CONFIG["text_cfg"], **(text or {})}}
     document = {"model_cfg": {**model_cfg, **parts}}

@@ -1,4 +1,4 @@
-"""What the tests of imports and exports compare."""
+"""Comparisons shared by the tests of imports and exports."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Conversions in this process, and the files of other code that they start from."""
+"""Conversions in this process, and the third-party files that they read."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.tiny import call
 
 @pytest.fixture
 def convert(capsys):
-    """Run a conversion in this process; return what it printed."""
+    """Run a conversion in this process; return its output."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -26,7 +26,7 @@ def convert(capsys):
 
 @pytest.fixture
 def refused(refused):
-    """Run a conversion that is a mistake; return its one line of complaint."""
+    """Run an invalid conversion; return its one-line error."""
     return partial(refused, convert_command)
 
 

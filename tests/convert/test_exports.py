@@ -1,4 +1,4 @@
-"""Models go out again whole, in the formats of other code."""
+"""Models are exported completely, in third-party formats."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_released_and_model_soups_round_trips(convert, run, released, state, tmp
         convert("import", out, "--out", tmp_path / to, "--clip", formats.NAME)
         assert same(state_of(tmp_path / to), state)
         assert document(tmp_path / to / "config.json")["imported_from"]["format"] == to
-    # what their own code loads: the same names as in files that it wrote, plain tensors only
+    # loadable by the third-party code: the same names as in its own files, plain tensors only
     theirs = unpickle.read(released)[0]["model"]
     ours = torch.load(tmp_path / "released.pt", weights_only=True)
     assert ours["model"].keys() == theirs.keys()
@@ -84,7 +84,7 @@ def test_safetensors_export_is_evaluated_and_described(convert, openai, tmp_path
     assert card["classes"] == list(Manifest.load(f"{tiny_data}/imagenet-val").classes)
     assert card["source"]["sha256"] == files.sha256_file(out)
     assert card["provenance"]["packages"] == files.provenance()["packages"]
-    # the header has what import needs to know
+    # the header has everything that import needs
     convert("import", out, "--out", tmp_path / "again")
     assert same(state_of(tmp_path / "again"), state_of(tmp_path / "run"))
 
@@ -124,7 +124,7 @@ def test_open_clip_round_trip(convert, run, state, tmp_path, openai):
     assert load_state(tmp_path / "again" / SELECTED)[1] == load_state(run / SELECTED)[1]
     source = document(tmp_path / "again" / "config.json")["imported_from"]
     assert source["sha256"].keys() == {"open_clip_model.safetensors", "head.safetensors"}
-    # and the folder is a CLIP to fine-tune, or to make other heads with
+    # and the folder is a CLIP to fine-tune, or to build other heads from
     clip = load.load_clip(ModelConfig(clip=f"local-dir:{out}", pretrained=""))
     assert clip.architecture.quick_gelu
 
@@ -155,7 +155,7 @@ def test_another_way_to_resize_is_warned_of(tmp_path, tiny_clip, tiny_data, caps
     said = f"{folder} was trained on images that were resized by open_clip's"
     line = ("import", folder, "--out", tmp_path / "run", "--data", tiny_data)
     assert warning(*line).count(said) == 1
-    # what is exported was trained on images as rft resizes them
+    # the exported model was trained on images resized by rft
     line = ("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
     assert said in warning(*line)
     exported = document(tmp_path / "hub" / weights.HUB_CONFIG)["preprocess_cfg"]
@@ -163,7 +163,7 @@ def test_another_way_to_resize_is_warned_of(tmp_path, tiny_clip, tiny_data, caps
     assert (exported["resize_mode"], exported["interpolation"]) == ("shortest", "bicubic")
     line = ("import", tmp_path / "hub", "--data", tiny_data, "--out")
     assert "resized" not in warning(*line, tmp_path / "again")
-    # with a head, no whole CLIP is loaded
+    # with a head, the complete CLIP is not loaded
     (tmp_path / "hub" / weights.HUB_CONFIG).write_text(json.dumps(config))
     assert warning(*line, tmp_path / "headed").count("resized") == 1
 
@@ -214,12 +214,12 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub")
     assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)
     line = refused("export", run, *hub)
-    assert f"no text tower is known for this {formats.NAME}; add --text" in line
+    assert f"the text tower of this {formats.NAME} is not recorded; add --text" in line
     assert "no file; tags: none" in refused("export", run, *hub, "--text", "nope")
     line = refused("export", run, *hub, "--text", tmp_path / "ckpt-best.pt")
     assert "has no text tower" in line
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.bin")
-    assert "a file of this format ends in .pt" in line
+    assert "its name must end in .pt" in line
     saved = load_state(run / SELECTED)
     gelu = load.architecture_of(formats.GELU_NAME)
     path = str(tmp_path / "gelu.safetensors")
@@ -231,7 +231,7 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     assert f"{formats.GELU_NAME} has False" in line
     formats.write_hub_folder(tmp_path / "other")
     line = refused("export", run, *hub, "--text", f"local-dir:{tmp_path / 'other'}")
-    assert "the text tower belongs to another model: mean: " in line
+    assert "the text tower belongs to a different model: mean: " in line
     assert not (tmp_path / "hub").exists()
 
 
@@ -273,7 +273,7 @@ def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkey
     save_state(str(path), state, named, metadata, classes)
     option = ("--text", openai.parent / text) if text else ()
     line = refused("export", path, "--to", "open-clip", "--out", openai.parent / "hub", *option)
-    assert "add --text hf-hub:evil/model if you know it" in line
+    assert "add --text hf-hub:evil/model if you trust it" in line
     assert asked == []
 
 
@@ -282,25 +282,25 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
     convert("export", run, *hub)
     before = files.sha256_file(tmp_path / "hub" / "open_clip_model.safetensors")
     (tmp_path / "hub" / "open_clip_config.json").unlink()
-    convert("export", run, *hub)  # stopped before its end: goes on
+    convert("export", run, *hub)  # stopped before its end: resumes
     assert (tmp_path / "hub" / "open_clip_config.json").is_file()
     assert files.sha256_file(tmp_path / "hub" / "open_clip_model.safetensors") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "card.json").write_text("{}")
     line = refused("export", run, "--to", "open-clip", "--out", tmp_path / "mine", "--text", openai)
-    assert "is there already; choose another --out" in line
+    assert "already exists; choose another --out" in line
     (tmp_path / "m.pt").write_bytes(b"mine")
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.pt")
-    assert "is there already" in line
+    assert "already exists" in line
     assert (tmp_path / "m.pt").read_bytes() == b"mine"
     formats.write_released(tmp_path / "other.pt", formats.build_state(1))
     convert("import", tmp_path / "other.pt", "--out", tmp_path / "run2", "--clip", formats.NAME)
     line = refused("export", tmp_path / "run2", *hub)
-    assert "holds another export: source.path" in line
+    assert "holds a different export: source.path" in line
 
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
-    """A file of equal name is no reason to take an export for this one, nor old counts."""
+    """An equal file name does not make a file this export, nor old counts current."""
     counts = {"correct": 3, "total": 10, "manifest_sha256": "0" * 64, "mean_per_class": 0.3}
     weights_path = run / SELECTED
     loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
@@ -319,7 +319,7 @@ def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     save_state(str(run / SELECTED), other, architecture, metadata, classes)
     forget_weights(run)
     line = refused(*command)
-    assert "holds another export: source.sha256: " in line
+    assert "holds a different export: source.sha256: " in line
     assert document(tmp_path / "m.safetensors.json") == card
     (tmp_path / "m.safetensors").unlink()
     (tmp_path / "m.safetensors.json").unlink()

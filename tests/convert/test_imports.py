@@ -1,4 +1,4 @@
-"""Weights of other code become run folders that every command takes."""
+"""Third-party weights become run folders that every command accepts."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
     convert("import", "tiny", *options)
     architecture = load_state(tmp_path / "run" / SELECTED).architecture
     assert architecture.mean == (0.5,) * 3
-    # the run tells where its text tower is
+    # the run records the location of its text tower
     convert("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
     exported = load_file(tmp_path / "hub" / "open_clip_model.safetensors")
     assert same(exported, formats.build_clip().state_dict())
@@ -133,14 +133,14 @@ def test_seeds_of_one_imported_recipe_share_a_row(convert, tmp_path, tiny_data):
     assert "| imported | 2 |" in (tmp_path / "report" / "table.md").read_text()
 
 
-# what import refuses
+# configurations that import refuses
 
 
 def test_import_needs_the_models_name(refused, released, tmp_path):
     line = refused("import", released, "--out", tmp_path / "run")
     assert "does not name its model (width 64, 2 layers, 4 x 4 patches of 4 px, 16 f" in line
-    # the released code knows QuickGELU only
-    assert line.endswith(f"add --clip NAME, by its shape one of: {formats.NAME}")
+    # the released code only has QuickGELU
+    assert line.endswith(f"add --clip NAME; models of this shape: {formats.NAME}")
     assert not (tmp_path / "run").exists()
 
 
@@ -199,11 +199,11 @@ def test_import_never_overwrites(convert, refused, run, released, tmp_path):
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "config.json").write_text('{"recipe": "vanilla", "seed": 0}')
     line = refused("import", released, "--out", tmp_path / "trained", "--clip", formats.NAME)
-    assert "holds another model; choose another --out" in line
+    assert "holds a different model; choose another --out" in line
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     line = refused("import", released, "--out", tmp_path / "other", "--clip", formats.NAME)
-    assert "has files in it but is no run folder" in line
+    assert "is not empty and not a run folder" in line
     line = refused("import", released, "--out", released, "--clip", formats.NAME)
     assert "is a file; choose another" in line
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
@@ -214,7 +214,7 @@ def test_an_import_that_was_stopped_goes_on(convert, run, released, state):
     (run / SELECTED).unlink()
     convert("import", released, "--out", run, "--clip", formats.NAME)
     assert same(state_of(run), state)
-    # nothing is in the way of another import
+    # nothing prevents a later import
     (run / "provenance.json").unlink()
     (run / SELECTED).unlink()
     convert("import", released, "--out", run, "--clip", formats.NAME, "--seed", 1)
@@ -245,7 +245,7 @@ def test_an_import_does_not_ask_the_hub_for_what_a_header_names(
     save_file(formats.build_clip().state_dict(), tmp_path / "m.safetensors", metadata=own)
     out = ("--out", tmp_path / "run", "--data", tiny_data)
     line = refused("import", tmp_path / "m.safetensors", *out)
-    assert "add --clip hf-hub:evil/model if you know it" in line
+    assert "add --clip hf-hub:evil/model if you trust it" in line
     assert asked == []
 
 

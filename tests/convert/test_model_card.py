@@ -1,4 +1,4 @@
-"""What lies beside the weights of an export: the page, and a loader that needs open_clip alone."""
+"""Files beside an export's weights: the page, and a loader that needs only open_clip."""
 
 import dataclasses
 import json
@@ -30,8 +30,8 @@ from tests.predicted import evaluated
 
 pytestmark = pytest.mark.usefixtures("known_models")
 TEMPERATURE = 1.75
-OPENAI = "timm/vit_base_patch32_clip_224.openai"  # that open_clip takes OpenAI's weights from
-# they would end the metadata, a cell, a line or an attribute; or be one of another type
+OPENAI = "timm/vit_base_patch32_clip_224.openai"  # from which open_clip takes OpenAI's weights
+# each would end the metadata, a cell, a line or an attribute, or has a different type
 HOSTILE = (
     "---\n",
     "a: b",
@@ -75,7 +75,7 @@ def folder(convert, counted, openai, tmp_path) -> Path:
 
 
 def run_without_rft(script: str, *arguments: object) -> str:
-    """Run Python code in a process that cannot import rft; return what it prints."""
+    """Run Python code in a process that cannot import rft; return its output."""
     hidden = f"import sys; sys.modules['rft'] = None\n{script}"
     done = subprocess.run(
         [sys.executable, "-I", "-c", hidden, *map(str, arguments)],
@@ -100,7 +100,7 @@ def test_the_loader_gives_rfts_probabilities(folder, counted, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(paths[1]).save(turned, exif=exif, quality=95)
-    # started as the page says, in one process with a look at what it computed
+    # run as the page shows, in one process that also records its results
     script = (
         "import json, runpy\n"
         "del sys.argv[0]\n"
@@ -116,7 +116,7 @@ def test_the_loader_gives_rfts_probabilities(folder, counted, tmp_path):
     with torch.no_grad():
         expected_BK = (model(images_BCHW) / TEMPERATURE).softmax(dim=1)
     torch.testing.assert_close(torch.tensor(found), expected_BK, rtol=0, atol=1e-5)
-    assert names == [f"class {n}" for n in range(4)]  # the released code's file names none
+    assert names == [f"class {n}" for n in range(4)]  # the released code's file has no class names
     for path, line, row_K in zip([*paths, turned], lines, expected_BK, strict=True):
         assert line == f"{path}: class {int(row_K.argmax())} ({float(row_K.max()):.1%})"
 
@@ -139,7 +139,7 @@ def test_the_page_has_metadata_and_what_is_known(folder, counted):
     assert f"divided by {TEMPERATURE}" in text
     assert files.sha256_file(folder / "head.safetensors") in text
     assert files.sha256_file(counted / SELECTED) in text
-    assert str(folder.parent) not in text  # no path of this machine
+    assert str(folder.parent) not in text  # no local path
     assert card.read(folder / "card.json").temperature == TEMPERATURE
 
 
@@ -155,7 +155,7 @@ def test_what_held_or_froze_weights_is_among_the_settings():
         assert f"| {row} |" in plain
     for name in ("donor_choice", "loss", "augment"):
         assert f".{name} |" in plain
-    # of a run that froze nothing, and of a document that others wrote
+    # of a run that froze nothing, and of a third-party document
     for value in ([], [1], ["a", {}], {}):
         assert "optim.freeze" not in described(settings={"optim": {"freeze": value}})
 
@@ -190,7 +190,7 @@ def test_foreign_names_stay_text():
     assert data["base_model"] == "some/one: *a"
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"]["name"] == "s: |<i>"
-    # nothing of a name has a meaning: each mark of it stands behind a backslash
+    # no character of a name has a meaning: each is escaped by a backslash
     for number, name in enumerate(names):
         (line,) = re.findall(rf"^{number}\. (.*)$", body, re.M)
         assert re.sub(r"\\(.)", r"\1", line) == name
@@ -245,8 +245,8 @@ def test_a_thousand_classes_are_in_the_card():
 @pytest.mark.parametrize(
     ("clip", "settings", "weights"),
     [
-        ("rft-miniature", {}, "those that come with rft"),
-        ("local-dir:/home/me/clip", {"model": {"pretrained": "openai"}}, "those of a folder"),
+        ("rft-miniature", {}, "included in rft"),
+        ("local-dir:/home/me/clip", {"model": {"pretrained": "openai"}}, "from a local folder"),
         ("ViT-B-32", {"model": {"pretrained": "/home/me/own.pt"}}, "own.pt"),
         ("ViT-B-32", {"model": 3}, "not recorded"),
     ],
@@ -255,7 +255,7 @@ def test_pre_trained_weights_have_a_name(clip, settings, weights):
     tower = dataclasses.replace(ARCHITECTURE, clip=clip)
     text = described(architecture=tower, settings=settings)
     assert f"| pre-trained weights | {model_card._text(weights)} |" in text
-    assert ("seen images and texts of the web" in text) == (clip != "rft-miniature")
+    assert ("trained on images and texts from the web" in text) == (clip != "rft-miniature")
     assert "/home/me" not in text
 
 

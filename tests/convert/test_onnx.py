@@ -1,4 +1,4 @@
-"""A classifier as ONNX computes what rft does, for any number of images."""
+"""A classifier exported to ONNX computes rft's logits, for any number of images."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_onnxruntime_gives_rfts_logits(exported, batch):
     (found_BK,) = session.run(["logits"], {"images": images_BCHW.numpy()})
     with torch.no_grad():
         expected_BK = build_model()(images_BCHW)
-    assert expected_BK.abs().max() > 5  # logits of CLIP's scale, which 1e-4 says something of
+    assert expected_BK.abs().max() > 5  # logits of CLIP's scale, so that 1e-4 is a meaningful bound
     torch.testing.assert_close(torch.from_numpy(found_BK), expected_BK, rtol=0, atol=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_the_export_of_a_run(convert, refused, run, tmp_path, monkeypatch):
         expected_BK = ours(torch.from_numpy(images_BCHW))
     torch.testing.assert_close(torch.from_numpy(found_BK), expected_BK, rtol=0, atol=1e-4)
     line = refused("export", run, "--to", "onnx", "--out", tmp_path / "m.bin")
-    assert "a file of this format ends in .onnx" in line
+    assert "its name must end in .onnx" in line
     monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "no_such_package"))
     line = refused("export", run, "--to", "onnx", "--out", tmp_path / "m2.onnx")
     assert "needs no_such_package: pip install 'rft-clip[onnx]'" in line
@@ -79,5 +79,5 @@ def test_the_export_of_a_run(convert, refused, run, tmp_path, monkeypatch):
 
 def test_weights_beyond_what_protobuf_holds(monkeypatch):
     monkeypatch.setattr(onnx_model, "BYTES", 1000)
-    with pytest.raises(ValueError, match="bytes; a file of ONNX has 1,000 at most"):
+    with pytest.raises(ValueError, match="bytes; ONNX files are limited to 1,000"):
         onnx_model.to_bytes({"head.weight": torch.zeros(1000)}, build_model().architecture, {})

@@ -1,4 +1,4 @@
-"""Exports go to a stand-in for the model hub, byte by byte."""
+"""Exports are pushed to a stand-in for the model hub and compared byte by byte."""
 
 import socket
 import threading
@@ -48,7 +48,7 @@ def test_a_folder_arrives_byte_by_byte_and_once(convert, refused, login, words, 
     assert set(login.objects.values()) == {
         data for name, data in pushed.items() if name.endswith(".safetensors")
     }
-    # a second push sends no weights, leaves an edited page alone, and takes no other file along
+    # a second push sends no weights, keeps an edited page, and uploads no other file
     (tmp_path / "export" / "private.txt").write_text("secret")
     login.repositories[REPO]["README.md"] = b"edited on the hub"
     login.repositories[REPO]["picture.png"] = b"the owner's"
@@ -103,7 +103,7 @@ def test_no_login(refused, hub: Hub, words, tmp_path):  # noqa: F811
 def test_a_token_that_the_hub_does_not_take(monkeypatch, refused, login, words, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret-of-someone")
     line = refused(*words)
-    assert f"{login.url} answers 401: its token is not valid" in line
+    assert f"{login.url} answers 401: the token is not valid" in line
     assert "secret" not in line
     assert not (tmp_path / "export").exists()
 
@@ -112,7 +112,7 @@ def test_a_token_that_the_hub_does_not_take(monkeypatch, refused, login, words, 
 def test_a_name_of_someone_else(refused, login, words):
     line = refused(*words[:-1], "hf://other/photos")
     assert "cannot push to other/photos: " in line
-    assert "answers 403: its token may not write there" in line
+    assert "answers 403: the token may not write there" in line
     assert login.repositories == {}
 
 
@@ -124,7 +124,7 @@ def test_a_hub_that_fails(refused, login, words, status):
 
 
 def unreached(capsys, words) -> str:
-    """Run a push that does not reach the hub; return the error's line, without its advice."""
+    """Run a push that cannot reach the hub; return the error's line, without its advice."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         tiny.call(command, *words)
@@ -155,7 +155,7 @@ def test_a_hub_that_never_answers(monkeypatch, capsys, login, words, tmp_path):
 
         def accept() -> None:
             with silent.accept()[0] as connection:
-                while connection.recv(100_000):  # until the client gives up
+                while connection.recv(100_000):  # until the client stops retrying
                     asked.set()
 
         thread = threading.Thread(target=accept)
@@ -184,6 +184,6 @@ def test_names_that_the_hub_does_not_have(url):
 @pytest.mark.slow
 def test_options_that_do_not_belong_together(refused, run, tmp_path):
     words = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
-    assert "--push takes the folder of --to open-clip" in refused(*words, "--push", "hf://a/b")
-    assert "add --push hf://USER/NAME" in refused(*words, "--private")
+    assert "--push uploads the folder of --to open-clip" in refused(*words, "--push", "hf://a/b")
+    assert "needs --push hf://USER/NAME" in refused(*words, "--private")
     assert "docs/storage.md#credentials" in refused(*words, "--push", "hf://user:secret@a/b")

@@ -1,4 +1,4 @@
-"""The miniature world through the two tools, as the real benchmarks go through them."""
+"""The miniature world packed by the two tools, like the real benchmarks."""
 
 import json
 import subprocess
@@ -70,7 +70,7 @@ def test_scoring_rules_are_the_benchmarks(packed):
     assert [len(groups[name]) for name in ("imagenet-r", "imagenet-a")] == [10, 10]
     assert groups["imagenet-r"] != groups["imagenet-a"]
     assert sorted(len(group) for group in groups["objectnet"])[-2:] == [2, 2]
-    # pictures of folders that stand for no class are left out
+    # images in folders that are not classes are ignored
     assert len(groups["objectnet"]) == 10
 
 

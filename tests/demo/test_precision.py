@@ -1,4 +1,4 @@
-"""bf16 changes hardly a mask: the trained tiny CLIP on images of its own world."""
+"""bf16 changes hardly any mask: the trained tiny CLIP on images of its own world."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def scenes():
 
 
 def look(model, scenes, *, bf16: bool, recompute: bool = False):
-    """Features, losses and the normalised CAM, as a training step makes them."""
+    """Features, losses and the normalised CAM, as in a training step."""
     taps = []
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         features = model.features(model.patches(scenes.images_BCHW), taps=taps, recompute=recompute)

@@ -1,4 +1,4 @@
-"""Pre-training end to end, a few steps long: what it writes can be loaded and made again."""
+"""Pre-training end to end, with few steps: its output can be loaded and is reproducible."""
 
 import json
 

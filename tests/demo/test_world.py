@@ -1,4 +1,4 @@
-"""The miniature world: layouts that the readers accept, images that are what they claim."""
+"""The miniature world: layouts that the readers accept, and images with the stated properties."""
 
 import dataclasses
 import hashlib
@@ -183,7 +183,7 @@ def test_the_mask_is_where_the_silhouette_was_pasted():
         ground, nothing = render(dataclasses.replace(scene, silhouette=absent), rng)
         assert not nothing.any()
         changed = np.abs(image.astype(int) - ground).max(axis=-1)
-        # the mask is where the object covers more than it lets through
+        # the mask is where the object's opacity exceeds one half
         assert (changed[place(scene) == 0] == 0).all()
         assert (mask == (place(scene) > 0.5)).all()
         assert (changed[mask] > 10).mean() > 0.9
@@ -196,7 +196,7 @@ def test_contexts_follow_their_rule():
         setting = Setting(bank="dev", styles={"photo": 1.0}, contexts=rule)
         return np.array([draw_context(setting, class_id, rng) for _ in range(4000)])
 
-    # a class's own context also comes up among the 5% that are drawn from all sixteen
+    # a class's own context also occurs among the 5% drawn from all sixteen
     assert (drawn("usual", 3) == 3).mean() == pytest.approx(0.95 + 0.05 / 16, abs=0.012)
     assert set(drawn("wrong", 3)) == set(range(16)) - {3}
     assert set(drawn("novel", 3)) == set(NOVEL_CONTEXTS)

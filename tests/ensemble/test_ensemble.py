@@ -1,4 +1,4 @@
-"""Ensembles on real run folders: what they answer, record, skip and refuse."""
+"""Ensembles on real run folders: outputs, records, skips and refusals."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ from tests.reference import ensembles as reference
 from tests.tiny import call, torchrun
 
 SETS = ("imagenet-val", "imagenet-a", "imagenet-r")
-DONE = "all counts are already there, nothing to do"
+DONE = "all results are current, nothing to do"
 HELD_OUT = 30
 
 
@@ -53,7 +53,7 @@ def made(tmp_path_factory, tiny_data) -> Path:
 
 
 def above_chance(model: Classifier, packed: PackedDataset, right: float) -> Classifier:
-    """Give a random tower a head that is right about that often: a temperature fits it."""
+    """Give a random tower a head with that accuracy, so that a temperature fits."""
     generator = torch.Generator().manual_seed(int(100 * right))
     batch = packed.batch(np.arange(len(packed)), model.architecture.image_size)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def above_chance(model: Classifier, packed: PackedDataset, right: float) -> Clas
         other = torch.rand(len(features), generator=generator) > right
         wanted = torch.nn.functional.one_hot((batch.labels_B + other) % len(model.head.bias))
         inputs = torch.cat([features, ones], dim=1)
-        # a ridge: without one, weights and logits are huge
+        # ridge regression: otherwise weights and logits are huge
         found = torch.linalg.solve(
             inputs.T @ inputs + 0.003 * torch.eye(inputs.shape[1]), inputs.T @ wanted.float()
         )
@@ -74,14 +74,14 @@ def above_chance(model: Classifier, packed: PackedDataset, right: float) -> Clas
 
 @pytest.fixture
 def runs(made, tmp_path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of them that a test may modify."""
     shutil.copytree(made, tmp_path / "runs")
     return tmp_path / "runs"
 
 
 @pytest.fixture
 def ensemble(tiny_data, runs, tmp_path, capsys):
-    """Evaluate an ensemble of both in this process; return what was printed and logged."""
+    """Evaluate an ensemble of both in this process; return its output and log."""
 
     def run(kind: str, *words: object, out: str = "out", sets: tuple[str, ...] = SETS) -> str:
         capsys.readouterr()
@@ -94,7 +94,7 @@ def ensemble(tiny_data, runs, tmp_path, capsys):
 
 @pytest.fixture
 def wrong(tiny_data, runs, tmp_path, refused):
-    """Evaluate what is a mistake; return the one line of complaint."""
+    """Evaluate an invalid ensemble; return the one-line error."""
     return lambda kind, *words: refused(
         ensemble_command, kind, *line(runs, tiny_data, tmp_path / "out"), *words
     )
@@ -179,7 +179,7 @@ def test_an_output_ensemble_averages_probabilities_over_the_scored_groups(
 def test_classes_that_share_a_category_are_scored_together(
     ensemble, runs, tiny_data, tmp_path, monkeypatch, kind
 ):
-    """As ObjectNet's: a category has its highest logit, before probabilities are made."""
+    """As for ObjectNet: a category has the highest logit of its classes, before the softmax."""
     groups = np.array([0, 1, 1, 0])
     monkeypatch.setattr(Manifest, "class_to_group", lambda self: groups)
     ensemble(kind, *(() if kind == "ose" else ("--temperatures", 1, 1)), sets=SETS[:1])
@@ -206,7 +206,7 @@ def test_the_ends_of_an_output_ensemble_are_the_models(
 
 
 def bank_of(runs: Path, data: Path) -> list[list[float]]:
-    """VRF's bank: features of the training images that the fine-tuned model alone gets right."""
+    """VRF's bank: features of the training images that only the fine-tuned model gets right."""
     train = PackedDataset(str(data / "imagenet-train"))
     samples, _ = held_out_split(train.index.key, train.index.label, HELD_OUT, 3)
     (zero, _), (end, features) = answers(runs, train, samples)
@@ -260,7 +260,7 @@ def test_temperatures_are_fitted_on_held_out_images_and_read_again(
     _, held_out = held_out_split(train.index.key, train.index.label, HELD_OUT, 3)
     for one, (logits, _) in zip(fitted, answers(runs, train, held_out), strict=True):
         assert (one["images"], one["train_set"]) == (HELD_OUT, "imagenet-train")
-        # no other temperature makes the labels more likely
+        # no other temperature gives the labels a higher likelihood
         at = torch.tensor(logits, dtype=torch.float64)
         labels = torch.from_numpy(train.index.label[held_out].astype(np.int64))
         losses = [
@@ -268,7 +268,7 @@ def test_temperatures_are_fitted_on_held_out_images_and_read_again(
             for f in (0.99, 1, 1.01)
         ]
         assert losses[1] == min(losses)
-    # other sets later have the same temperatures, and config.json stays
+    # sets evaluated later have the same temperatures, and config.json does not change
     before = (tmp_path / "out" / CONFIG).read_bytes()
     monkeypatch.setattr(ensemble_command, "fit_on", None)
     ensemble("vrf")
@@ -311,7 +311,7 @@ def test_dawin_forwards_each_cluster_with_its_own_weights(ensemble, runs, tiny_d
 def test_the_forwards_of_a_test_image_are_those_of_the_table_of_costs(
     ensemble, tiny_data, monkeypatch, kind
 ):
-    """What is done once, for VRF's bank, does not grow with the test sets."""
+    """The one-time work for VRF's bank does not grow with the test sets."""
     seen, features = [], Classifier.features
 
     def counting(self, patches_BPV, **options):
@@ -389,21 +389,21 @@ def test_a_full_disk_leaves_nothing_wrong(
 
 def test_other_options_and_other_weights_need_another_folder(ensemble, wrong, runs, tmp_path):
     ensemble("ose")
-    assert "holds another ensemble: ensemble.alpha: 0.5 -> 0.7" in wrong("ose", "--alpha", 0.7)
-    assert "holds another ensemble: " in wrong("dawin", "--temperatures", 1, 1)
+    assert "holds a different ensemble: ensemble.alpha: 0.5 -> 0.7" in wrong("ose", "--alpha", 0.7)
+    assert "holds a different ensemble: " in wrong("dawin", "--temperatures", 1, 1)
     saved = load_state(runs / "end" / SELECTED)
     state = {name: value + 1 for name, value in saved.state.items()}
     shutil.rmtree(runs / "end")
     config = {"recipe": "vanilla", "seed": 1, "imported_from": {"format": "test"}}
     write_run(runs / "end", saved._replace(state=state), config)
-    assert "holds another ensemble: ensemble_of.1: " in wrong("ose")
+    assert "holds a different ensemble: ensemble_of.1: " in wrong("ose")
 
 
 def test_what_cannot_be_an_ensemble_is_refused(wrong, runs, tiny_data, tmp_path, refused):
     other = partial(refused, ensemble_command)
     same = line(runs, tiny_data, tmp_path / "out")
     assert "same weights; name two models" in other("ose", same[0], *same[:1], *same[2:])
-    # a file of its own is known to be untrained by its header
+    # a weights file alone is known to be untrained by its header
     swapped = [same[1], runs / "zero" / SELECTED, *same[2:]]
     assert "ZERO_SHOT is the zero-shot model, FINE_TUNED the fine-tuned one; swap the two" in other(
         "ose", *swapped
@@ -414,11 +414,11 @@ def test_what_cannot_be_an_ensemble_is_refused(wrong, runs, tiny_data, tmp_path,
     assert "--components" in wrong("dawin", "--components", 0)
     assert "unknown ensemble 'osse'" in other("osse", *same)
     run = [*same[:5], runs / "end", *same[6:]]
-    assert "holds another model" in other("ose", *run)
+    assert "holds a different model" in other("ose", *run)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     full = [*same[:5], tmp_path / "full", *same[6:]]
-    assert "has files in it but is no run folder" in other("ose", *full)
+    assert "is not empty and not a run folder" in other("ose", *full)
 
 
 def test_without_held_out_images_temperatures_must_be_given(wrong, ensemble, runs):
@@ -456,14 +456,14 @@ def test_vrf_needs_the_training_set_and_something_gained(wrong, ensemble, runs, 
     config = {"recipe": "vanilla", "seed": 1, "imported_from": {"format": "test"}}
     write_run(runs / "end", saved._replace(metadata=metadata), config)
     assert "it is not known what it was trained on" in wrong("vrf", "--temperatures", 1, 1)
-    # the others need no training images
+    # the others do not need training images
     ensemble("ose", out="ose")
     ensemble("dawin", "--temperatures", 1, 1, out="dawin")
 
 
 def test_logits_that_are_not_finite_are_refused(wrong, runs):
     saved = load_state(runs / "end" / SELECTED)
-    # finite weights whose sums are not
+    # finite weights with non-finite sums
     state = {**saved.state, "visual.proj": torch.full_like(saved.state["visual.proj"], 3e38)}
     shutil.rmtree(runs / "end")
     config = {"recipe": "vanilla", "seed": 1, "imported_from": {"format": "test"}}
@@ -509,16 +509,16 @@ def test_the_report_shows_ensembles_and_marks_the_transductive_one(
         *("zero-shot", "vanilla", "dawin (transductive)", "ose, alpha 0.3", "ose, alpha 0.5"),
         "vrf",
     ]
-    # one that was tampered with is found out
+    # a manipulated file is detected
     config = tmp_path / "ose" / CONFIG
     config.write_text(config.read_text().replace("0.5", "0.6"))
     with pytest.raises(SystemExit):
         call(report_command, *ends, *outs, "--out", tmp_path / "report")
-    assert "was changed since" in capsys.readouterr().err
+    assert "was changed after" in capsys.readouterr().err
 
 
 def test_counts_are_those_of_the_members_on_any_world(made, tiny_data):
-    """Members stay as they were: nothing of an ensemble changes what a model answers alone."""
+    """Members do not change: an ensemble does not affect the results of its single models."""
     saved = load_state(made / "end" / SELECTED)
     model = build_classifier(saved.state, saved.architecture)
     packed = PackedDataset(str(tiny_data / "imagenet-val"))

@@ -1,4 +1,4 @@
-"""Object masks to measure against: random ones, and their files."""
+"""Object masks for comparisons: random ones, and their files."""
 
 from pathlib import Path
 

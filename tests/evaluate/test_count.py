@@ -1,4 +1,4 @@
-"""Counts of models whose every prediction is known, under each kind of scoring rule."""
+"""Counts of models with known predictions, under each kind of scoring rule."""
 
 import math
 from dataclasses import replace
@@ -44,10 +44,10 @@ def test_classes_outside_the_subset_take_no_part():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_classes_that_are_their_own_groups_are_scored_as_any_groups(ties):
-    """They have a shorter way, which groups in another order do not take."""
+    """Sets whose classes are groups take a shortcut, which groups in a different order do not."""
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 8, generator=generator), torch.arange(50) % 8
-    # class 3 is not of the set; no label is
+    # class 3 is not in the set; no label is
     labels[labels == 3] = 4
     logits = logits.round() if ties else logits
     own = torch.tensor([0, 1, 2, -1, 3, 4, 5, 6])
@@ -81,7 +81,7 @@ def test_groups_equal_the_maximum_over_each_category(seed, ties):
         own = [
             (float(logits[row, classes].max()), group_) for group_, classes in enumerate(members)
         ]
-        # of equal categories the one that holds the first of the best classes leads
+        # of equal categories, the one with the first of the best classes wins
         first = {g: min(c for c in members[g] if logits[row, c] == high) for high, g in own}
         order = [g for _, g in sorted(own, key=lambda one: (-one[0], first[one[1]]))]
         assert int(found.prediction_B[row]) == order[0]
@@ -112,7 +112,7 @@ def test_rows_are_in_the_order_of_the_samples(tiny_data):
 
 
 class Always(nn.Module):
-    """A model that ranks the classes in one order, whatever it sees."""
+    """A model that ranks the classes in one order for every image."""
 
     def __init__(self, best_first: tuple[int, ...]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def counts(data, groups, *models: nn.Module, **options) -> list[Count]:
     [
         # top-1 over all classes: green and grey
         (((0,), (1,), (2,), (3,)), (EACH, EACH)),
-        # green and grey take no part: the next best, blue and red
+        # green and grey are not scored: the next best are blue and red
         (((0,), (2,)), (EACH, EACH)),
         # one group of grey and red, and blue: right for both of its classes
         (((3, 0), (2,)), (EACH, 2 * EACH)),
@@ -153,7 +153,7 @@ def test_each_model_has_its_own_count(tiny_data, groups, correct):
 
 
 def test_models_in_one_pass_do_not_share_a_count(tiny_data):
-    # nothing is in grey's group but grey; blue is not scored
+    # grey's group has only grey; blue is not scored
     groups = ((0, 1), (3,))
     found = counts(tiny_data, groups, Always(GREEN_FIRST), Always(GREY_FIRST))
     assert [count.correct for count in found] == [2 * EACH, EACH]
@@ -174,7 +174,7 @@ def test_every_image_is_reported_once(tiny_data):
 
 
 class Broken(Always):
-    """A model with one logit that is not finite, of the last class, on some images of a batch."""
+    """A model with one non-finite logit, of the last class, on some images of a batch."""
 
     def __init__(self, value: float, images: int) -> None:
         super().__init__(GREEN_FIRST)
@@ -196,13 +196,13 @@ def test_logits_that_are_not_finite_count_as_nothing(tiny_data, value, groups):
     ):
         counts(tiny_data, groups, *models, names=names)
     assert len(counts(tiny_data, groups, *models[:2], names=names[:2])) == 2
-    # where nobody names them
+    # without names
     with pytest.raises(ValueError, match=r"^the model: the logits of 2 of [12]0 images"):
         counts(tiny_data, groups, models[2])
 
 
 def overflowing(path: Path) -> Path:
-    """Weights that are finite, and features that are not."""
+    """Finite weights with non-finite features."""
     model = build_model(classes=len(LABELS.ids))
     nn.init.constant_(model.visual.proj, 3e38)
     save_classifier(str(path), model, {"step": "1"}, LABELS.classes)

@@ -1,4 +1,4 @@
-"""How far patch masks cover objects, against sets of pixels."""
+"""Coverage of objects by patch masks, compared with sets of pixels."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_counts_and_rates_equal_sets_of_pixels(seed, grid, side):
     rng = np.random.default_rng(seed)
     size, images = grid * side, 5
     objects_NHW = np.stack([blob(rng, size, size) for _ in range(images)])
-    objects_NHW[2] = False  # the segmenter saw nothing
+    objects_NHW[2] = False  # the segmenter found nothing
     mask_TNP = torch.from_numpy(rng.random((2, images, grid * grid)) < 0.4)
     object_NP = count_object(torch.from_numpy(objects_NHW), grid * grid)
     masked_TN, both_TN = count_masked(mask_TNP, object_NP, side * side)
@@ -59,7 +59,7 @@ def test_sums_beyond_32_bits_are_exact():
 
 
 def test_patches_are_the_models_patches():
-    # an image that is white where its object is: the lit patches must be the object's
+    # an image that is white at its object: the lit patches must be the object's
     model, rng = build_model(), np.random.default_rng(0)
     objects_BHW = torch.from_numpy(np.stack([blob(rng, 16, 16) for _ in range(20)]))
     images_BCHW = objects_BHW[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255

@@ -1,4 +1,4 @@
-"""Towers that run once: shared by several models, or kept for the next evaluation."""
+"""Towers that run once: shared by several models, or with features kept for the next evaluation."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SETS = ("imagenet-val", "imagenet-r", "imagenet-a")
 
 
 def probe(path: Path, tower: int, head: int) -> Path:
-    """Write a model with the tower of one seed and a head of another that tells images apart."""
+    """Write a model with one seed's tower and another's head, which distinguishes images."""
     model = build_model(tower, classes=4)
     generator = torch.Generator().manual_seed(8)
     noise = torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
@@ -45,7 +45,7 @@ def probes(tmp_path) -> list[Path]:
 
 
 def evaluate(paths: list[Path], data: Path, *options: object) -> dict[str, dict]:
-    """Evaluate anew; returns the counts by model and set."""
+    """Evaluate from scratch; return the counts by model and set."""
     found = {}
     for path in paths:
         path.with_suffix(".results.json").unlink(missing_ok=True)
@@ -102,12 +102,12 @@ def test_an_evaluation_reads_the_features_of_one_before(tmp_path, tiny_data, pro
     for name in SETS:
         for path in (data / name).glob("*.tar"):
             path.write_bytes(bytes(path.stat().st_size))
-    # nothing reads an image, also for a head that was not there before
+    # no image is read, even for a head that is new
     new = probe(tmp_path / "new.safetensors", 0, 7)
     assert evaluate([*probes, new], data, *kept).items() >= expected.items()
     with pytest.raises(SystemExit):
         evaluate(probes, data)
-    # a different tower, or other batches, want the images
+    # a different tower, or different batches, need the images
     with pytest.raises(SystemExit):
         evaluate([probe(tmp_path / "other.safetensors", 1, 0)], data, *kept)
     with pytest.raises(SystemExit):
@@ -140,7 +140,7 @@ def test_rows_do_not_depend_on_what_is_scored_together(tiny_data, monkeypatch):
     options = {"image_size": 16, "world": WORLD, "device": CPU, "logits": np.float16}
     options["temperatures"] = [None, 0.5, 2.0]
     whole = predict(models, packed, **options)
-    # each forward on its own, then the first with the last one
+    # each forward separately, then the first together with the last
     for logits in (1, 3 * 64 * 4 + 1):
         monkeypatch.setattr(count, "SCORED_TOGETHER", logits)
         apart = predict(models, packed, **options)

@@ -1,4 +1,4 @@
-"""Table 2: the images that are chosen, the map, and the command on one and more ranks."""
+"""Table 2: the chosen images, the map, and the command on one and more ranks."""
 
 import dataclasses
 import itertools
@@ -102,7 +102,7 @@ def test_the_command_equals_the_textbook(tiny_case, tiny_data, tmp_path, monkeyp
     )
     assert document["provenance"]["packages"]["torch"]
     lines = capsys.readouterr().out.splitlines()
-    assert "mean over 69 images (2 more have an empty mask, 5 have none)" in lines[0]
+    assert "mean over 69 images (2 more have an empty mask, 5 no mask)" in lines[0]
     first = document["thresholds"][0]["mean"]
     names = ("image_masking_rate", "object_masking_rate", "iou")
     assert [line.split()[-3] for line in lines[2:]] == [f"{first[name]:.3f}" for name in names]
@@ -246,7 +246,7 @@ def test_the_paper_stands_beside_its_own_model_alone():
     }
     text = localisation.format_table("runs/a", document, beside_paper=True)
     lines = [line.split() for line in text.splitlines()]
-    assert lines[0][-1] == "none)"
+    assert lines[0][-1] == "mask)"
     assert "1,234" in lines[0]
     assert lines[4:6] == [
         ["object", "masking", "rate", "0.170", "0.170"],
@@ -276,13 +276,13 @@ def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
     [
         (("--batch-size", "0"), "--batch-size is 0; it must be greater than 0"),
         (("--samples", "-1"), "--samples is -1; it must be"),
-        (("--thresholds", "0.3", "1.5"), "--thresholds has 1.5; a threshold lies in [0, 1]"),
+        (("--thresholds", "0.3", "1.5"), "--thresholds has 1.5; it must be from 0 to 1"),
         (("--thresholds", "nan"), "--thresholds[0] is nan; it must be a finite number"),
-        (("--thresholds", "0.3", "0.3"), "each only once"),
+        (("--thresholds", "0.3", "0.3"), "without duplicates"),
         (("--classes", "dogs"), "--classes"),
         (("--classes", "restricted"), "(4 and 1000 classes); use --classes all"),
         (("--set", "imagenet-trian"), "no packed dataset at"),
-        (("--samples", "72"), "--samples asks for 72 images, only 71 of the 76 have a mask below"),
+        (("--samples", "72"), "--samples is 72, but only 71 of the 76 images have a mask below"),
         (("--masks", "/nowhere"), "no folder of masks at /nowhere"),
         # the images have the size of the model's input, the masks are those of 16 x 16 pixels
         (("--max-pixels", "0.00023"), "--max-pixels allows 0.00023 million"),
@@ -303,7 +303,7 @@ def test_no_mask_belongs_to_an_image(tiny_case, tiny_data, tmp_path, refused):
     line = refused(localisation, *options)
     first = tiny_case["packed"].key(0)
     assert f"no mask below {tmp_path} belongs to any of the 76 images" in line
-    assert f"would be {tmp_path}/{first}.png, or lie there under the image's own path" in line
+    assert f"would be {tmp_path}/{first}.png, or have the image's own path below" in line
 
 
 def test_masks_of_nothing(tiny_case, tiny_data, tmp_path, refused):
@@ -330,7 +330,7 @@ def test_checkpoints_that_do_not_fit(tiny_case, tiny_data, tmp_path, refused):
     model = Classifier(large.build_visual(), torch.nn.Linear(12, 4), large)
     save_classifier(str(path), model, {"step": "0"}, tiny_world.LABELS.classes)
     both = refused(localisation, str(tiny_case["folder"] / "run"), *options)
-    assert "the checkpoints want images of [16, 32] px; evaluate them apart" in both
+    assert "the checkpoints need images of [16, 32] px; evaluate them apart" in both
     assert "was packed at 16 px, the model wants 32 px" in refused(localisation, *options)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -359,11 +359,11 @@ def test_the_miniatures_clip_finds_its_objects(tmp_path, monkeypatch):
     train = run("pixels", "imagenet-train")
     assert train["images"] == {"measured": 100, "empty_mask": 0, "without_mask": 0}
     for entry in train["thresholds"]:
-        # for masks that know nothing of the object the two would be equal
+        # for masks unrelated to the object the two would be equal
         assert entry["mean"]["object_masking_rate"] > 1.5 * entry["mean"]["image_masking_rate"]
     masks = list((tmp_path / "world/masks/objectnet-1.0").rglob("*.png"))
     object_pixels = sum(int((np.asarray(Image.open(path)) > 0).sum()) for path in masks)
-    # without its frame an image of ObjectNet has the model's size: no pixel is lost
+    # without its frame an image of ObjectNet has the model's size: no resizing
     assert run("pixels", "objectnet")["pixels"]["object"] == object_pixels
     # the same when images are decoded while reading; in R, keys have their folders
     for dataset in ("imagenet-train", "imagenet-r", "objectnet"):

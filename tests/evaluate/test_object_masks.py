@@ -1,4 +1,4 @@
-"""Object masks: their geometry, their values, and how they are found."""
+"""Object masks: their geometry, their values, and their files."""
 
 import io
 
@@ -23,8 +23,8 @@ from tests.evaluate.masks import blob, save_mask
     st.sampled_from([0, 2]),
 )
 def test_a_mask_stays_on_its_object(tmp_path_factory, place, width, height, border):
-    """The image is its own mask, and both go their ways: they may differ only along the edge."""
-    # where the object lies in the crop of 16 pixels, taken back to the image
+    """The image is its own mask; processed separately, both may differ only along the edge."""
+    # the object's position in the crop of 16 pixels, mapped back to the image
     scale = (min(width, height) - 2 * border) / 16
     left, right = (round(width / 2 + (x - 8) * scale) for x in (place[0], place[2]))
     top, bottom = (round(height / 2 + (y - 8) * scale) for y in (place[1], place[3]))
@@ -90,7 +90,9 @@ def test_masks_that_are_none(tmp_path):
         image = Image.fromarray(np.eye(16, dtype=np.uint8), mode="P")
         image.putpalette(palette)
         image.save(path)
-        with pytest.raises(ValueError, match=r"mask.png has a palette that is not black where"):
+        with pytest.raises(
+            ValueError, match=r"mask.png has a palette whose black is not index 0 alone"
+        ):
             read_mask(path, (16, 16), 16)
     # Pillow gives it a palette of one colour
     Image.fromarray(np.eye(16, dtype=np.uint8), mode="P").save(path)

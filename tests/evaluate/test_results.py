@@ -1,4 +1,4 @@
-"""results.json: counts belong to the weights and to the data that they were made of."""
+"""results.json: counts belong to the weights and the data from which they were computed."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ OLD, NEW = "0" * 64, "1" * 64
 
 
 class Packed(NamedTuple):
-    """What is asked of a manifest."""
+    """The required parts of a manifest."""
 
     sha256: str
     samples: int = 10
@@ -35,13 +35,13 @@ def weights(path: Path, seed: int = 0) -> Path:
 
 
 def record(path: Path, sets: dict[str, Evaluated]) -> None:
-    """Write counts as an evaluation of the weights as they are now does."""
+    """Write counts like an evaluation of the current weights."""
     weights = checkpoint_path(path)
     write_results(Loaded(path, files.sha256_file(weights), load_state(weights)), sets)
 
 
 def recorded_sets(path: Path) -> dict[str, tuple[int, str]]:
-    """What is right of each set, and of which data."""
+    """The number of correct images per set, and the data it belongs to."""
     results = current_results(path)
     sets = results.sets if results else {}
     return {name: (count.correct, count.manifest_sha256) for name, count in sets.items()}
@@ -83,7 +83,7 @@ def test_counts_of_other_weights_are_none(model):
     assert recorded_sets(model) == {}
     assert not current(model, {"imagenet-val": OLD})
     record(model, {"imagenet-val": evaluated(2)})
-    # R was not counted for these weights
+    # R was not evaluated for these weights
     assert recorded_sets(model) == {"imagenet-val": (2, OLD)}
 
 
@@ -98,7 +98,7 @@ def test_counts_of_other_data_are_replaced(model):
 
 
 def test_counts_of_another_number_of_samples_are_replaced(model):
-    """A file that names the right weights and data may still have been changed by hand."""
+    """A file that names the right weights and data may still have been edited by hand."""
     assert current(model, {"imagenet-val": OLD}, 10)
     assert not current(model, {"imagenet-val": OLD}, 11)
 

@@ -1,4 +1,4 @@
-"""A set's own score, computed of its predictions, recorded and printed."""
+"""A set's declared score: computed from predictions, recorded and printed."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests import tiny
 
 
 def rows(label: list[int], rank: list[int], domain: list[str]) -> Predictions:
-    """Predictions with these labels, ranks and domains; the rest does not matter here."""
+    """Predictions with these labels, ranks and domains; the other columns do not matter here."""
     count = len(label)
     return Predictions(
         key=np.array([f"k{n}" for n in range(count)]),
@@ -45,7 +45,7 @@ IMAGES = st.lists(
 @pytest.mark.slow
 @given(IMAGES)
 def test_scores_are_means_and_minima_of_accuracies(images):
-    """Against the plainest way to write them."""
+    """Compared with the simplest implementation."""
     made = rows(*map(list, zip(*images, strict=True)))
 
     def accuracies(column: int) -> dict:
@@ -113,7 +113,7 @@ def test_an_evaluation_records_domains_and_the_sets_own_score(train, several, ca
     assert count["value"] == min(shares.values())
     assert shares[count["worst_domain"]] == count["value"]
     assert f"worst-domain {100 * count['value']:.2f} ({count['worst_domain']})" in out
-    # damaged before the work, not after it
+    # the damage is found before the work, not after it
     (several / "shifted/samples.npz").write_bytes(b"noise")
     (run / "results.json").unlink()
     with pytest.raises(SystemExit):
@@ -142,5 +142,5 @@ def test_domains_are_those_of_the_samples(several):
     some = np.array([7, 3, 30])
     assert domains_of(packed, some).tolist() == every[some].tolist()
     assert sorted(set(every.tolist())) == ["imagenet-a", "imagenet-r"]
-    # shuffled: the first images are not of one domain
+    # shuffled, so that the first images are from several domains
     assert len(set(every[:8].tolist())) == 2

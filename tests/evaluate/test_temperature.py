@@ -1,4 +1,4 @@
-"""Temperatures come from images that a training held out, and from no others."""
+"""Temperatures are fitted only on images that a training held out."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def logits(run: Path, packed: PackedDataset, samples: np.ndarray) -> np.ndarray:
 
 
 def test_it_is_fitted_on_held_out_images_alone(train, tiny_data):
-    """Trap 3: fitted on the ID test set it is another number, and the test set was used."""
+    """Trap 3: fitted on the ID test set it differs, and the test set was used."""
     run = train("vanilla", "--split-seed", 3)
     evaluate(tiny_data, run)
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
@@ -71,7 +71,7 @@ def test_it_is_fitted_on_held_out_images_alone(train, tiny_data):
     assert rows.scaled_log_likelihood == pytest.approx(scaled_N, rel=1e-5, abs=1e-5)
     plain_N = calibration.log_likelihood(test_NK, test.index.label)
     assert rows.log_likelihood == pytest.approx(plain_N, rel=1e-5, abs=1e-5)
-    # a prediction is the same at any temperature
+    # a prediction does not depend on the temperature
     assert (rows.prediction == test_NK.argmax(axis=1)).all()
 
 
@@ -96,15 +96,15 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
         line for line in unstamped(capsys.readouterr().err).splitlines() if "gets no" in line
     ]
     assert warnings == [
-        f"WARNING: {none} gets no temperature: its run holds no images out (--loader.held-out 0)",
-        f"WARNING: {soup} gets no temperature: its trainings held different images out, so none of "
-        "them is new to it; train its models with one --split-seed",
+        f"WARNING: {none} gets no temperature: its run holds out no images (--loader.held-out 0)",
+        f"WARNING: {soup} gets no temperature: its trainings held out different images, so none is "
+        "new to the model; train all of them with the same --split-seed",
     ]
-    # a rerun has nothing to do, and says so again
+    # a rerun has nothing to do, and repeats the message
     before = (soup / "results.json").stat().st_mtime_ns
     evaluate(tiny_data, *runs, none, soup, wise)
     again = capsys.readouterr()
-    assert "all counts are already there, nothing to do" in again.out
+    assert "all results are current, nothing to do" in again.out
     assert [line for line in unstamped(again.err).splitlines() if "gets no" in line] == warnings
     assert (soup / "results.json").stat().st_mtime_ns == before
     seeds = [recorded(run)["temperature"] for run in (*runs, none, soup, wise)]
@@ -113,7 +113,7 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
 
 
 def test_a_training_on_a_run_keeps_both_splits(train):
-    """A model that saw the other split's held-out images has none that are new to it."""
+    """For a model that saw the other split's held-out images, none of them are new."""
     first = train("linear-probe", "--split-seed", 1)
     second = train("lp-ft", "--model.start", first, "--split-seed", 2)
     seen = of_metadata(second, load_state(second / SELECTED).metadata)
@@ -131,12 +131,12 @@ def test_another_training_set_below_the_root_is_refused(train, tiny_data, tmp_pa
     (tmp_path / "data" / SET).symlink_to(tiny_data / SET)
     words = ("--sets", SET, "--workers", 0, "--device", "cpu", "--temperature")
     line = refused(evaluation, run, "--data", tmp_path / "data", *words)
-    assert f"{run} held images of a different imagenet-train out (manifest" in line
+    assert f"{run} held out images of a different imagenet-train (manifest" in line
     assert not (run / "results.json").exists()
 
 
 def test_held_out_images_that_are_test_images_are_refused(train, tiny_data, tmp_path, refused):
-    """The training set turns out to be an OOD set under another name."""
+    """The training set is an OOD set under a different name."""
     run, root = train("vanilla"), tmp_path / "data"
     copy(tiny_data, root, "imagenet-train", SET)
     pack_as(tiny_data, "imagenet-train", root, "found-later", ood=True)
@@ -160,12 +160,12 @@ def test_training_images_are_counted_and_warned_of(train, tiny_data, tmp_path, c
     )
     sets = json.loads((run / "results.json").read_text())["sets"]
     assert (sets["copy"]["seen"], sets[SET]["seen"]) == (76, 0)
-    # a set of the user's own leads to a report as the benchmarks do
+    # your own set leads to a report, like the benchmarks
     assert "next: python -m rft.report" in printed.out
 
 
 def test_results_learn_of_training_images_without_another_evaluation(train, tiny_data, tmp_path):
-    """The training set was not there when the model was evaluated, or the results are older."""
+    """The training set was missing when the model was evaluated, or the results are older."""
     run, root = train("vanilla"), tmp_path / "data"
     copy(tiny_data, root, "imagenet-train")
     pack_as(tiny_data, "imagenet-train", root, "copy")
@@ -180,7 +180,7 @@ def test_results_learn_of_training_images_without_another_evaluation(train, tiny
     assert after["sets"]["copy"].pop("seen") == 76
     before["sets"]["copy"].pop("seen")
     assert after == before
-    # what is known stays known
+    # known values are kept
     (root / "imagenet-train").rename(tmp_path / "away")
     call(evaluation, *words)
     assert json.loads((run / "results.json").read_text())["sets"]["copy"]["seen"] == 76
@@ -192,6 +192,6 @@ def test_one_reason_of_several_models_is_one_warning(train, tiny_data, capsys):
     capsys.readouterr()
     evaluate(tiny_data, *runs)
     assert complaints(capsys.readouterr().err) == [
-        "WARNING: 2 models get no temperature: its run holds no images out (--loader.held-out 0)",
+        "WARNING: 2 models get no temperature: its run holds out no images (--loader.held-out 0)",
         *(f"  {run}" for run in runs),
     ]

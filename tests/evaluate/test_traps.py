@@ -1,6 +1,6 @@
-"""Ways to compute a wrong number that were published (docs/evaluation.md), and the right one.
+"""Published ways to compute a wrong number (docs/evaluation.md), and the correct one.
 
-Each test has the faulty computation beside ours, on data on which the two differ.
+Each test compares the faulty computation with ours, on data on which they differ.
 """
 
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ def test_objectnet_has_18574_images():
 
 
 def test_a_subset_is_scored_over_its_own_classes():
-    """Trap 4: R and A over 1,000 classes; a class that is not in the set takes the prediction."""
+    """Trap 4: R and A over 1,000 classes; a class outside the set takes the prediction."""
     logits_BK = torch.tensor([[0.2, 0.9, 0.1], [0.2, 0.1, 0.7]])
     labels_B = torch.tensor([0, 2])
     in_set_K = torch.tensor([0, -1, 1])
@@ -40,19 +40,19 @@ def test_a_subset_is_scored_over_its_own_classes():
     assert faulty == [False, True]
     found = score(logits_BK, labels_B, in_set_K)
     assert (found.rank_B == 0).tolist() == [True, True]
-    # nor does it take a part of the probability
+    # nor does it take any of the probability
     assert found.confidence_B[0] == pytest.approx(1 / (1 + np.exp(-0.1)), rel=1e-6)
 
 
 @given(st.integers(1, 1000), st.integers(1, 8))
 def test_no_image_counts_twice_on_several_ranks(images, ranks):
-    """Trap 7: a sampler that pads gives ranks equally many images, some of them twice."""
+    """Trap 7: a padding sampler gives all ranks equally many images, some of them twice."""
     parts = [rank_part(images, rank, ranks, TOGETHER) for rank in range(ranks)]
     assert [image for part in parts for image in range(images)[part]] == list(range(images))
 
 
 def test_a_padded_count_is_another_number():
-    """What a sampler that pads gives each of four ranks, beside what they really get."""
+    """The images of four ranks with a padding sampler, and the correct ones."""
     right_N = np.arange(130) < 64
     padded = np.resize(right_N, 4 * 33)
     parts = [rank_part(len(right_N), rank, 4, TOGETHER) for rank in range(4)]
@@ -94,6 +94,6 @@ def test_v2s_folders_are_numbers(tmp_path):
 
 
 def test_no_alpha_is_chosen_by_its_accuracy():
-    """Trap 6: of a WiSE family the table has the model in the middle, whatever the others reach."""
+    """Trap 6: of a WiSE family the table shows the middle model, whatever the others reach."""
     names = [f"wise-ft-{alpha:g}" for alpha in (0.1, 0.4, 0.6, 0.9)]
     assert tables.shown_recipes(names) == {"wise-ft-0.4"}

@@ -1,4 +1,4 @@
-"""Averages that are evaluated without being written: they are those that rft.merge writes."""
+"""Averages evaluated without their weights on disk equal those that rft.merge writes."""
 
 import json
 import shlex
@@ -26,12 +26,12 @@ from tests.conftest import build_model
 from tests.tiny import call
 
 SETS = ("imagenet-val", "imagenet-a")
-DONE = "all counts are already there, nothing to do"
+DONE = "all results are current, nothing to do"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_data) -> Path:
-    """Folder of three run folders: zero-shot, vanilla, and one more of vanilla."""
+    """Folder of three run folders: zero-shot, vanilla, and a second vanilla."""
     root = tmp_path_factory.mktemp("made")
     classes = PackedDataset(str(tiny_data / "imagenet-val")).manifest.label_space
     for seed, (name, recipe) in enumerate(
@@ -47,14 +47,14 @@ def made(tmp_path_factory, tiny_data) -> Path:
 
 @pytest.fixture
 def runs(made, tmp_path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of them that a test may modify."""
     shutil.copytree(made, tmp_path / "runs")
     return tmp_path / "runs"
 
 
 @pytest.fixture
 def evaluate(tiny_data, capsys):
-    """Evaluate in this process; return what was printed and logged."""
+    """Evaluate in this process; return its output and log."""
 
     def run(*words: object, sets: tuple[str, ...] = SETS) -> str:
         capsys.readouterr()
@@ -67,7 +67,7 @@ def evaluate(tiny_data, capsys):
 
 @pytest.fixture
 def wrong(tiny_data, refused):
-    """Evaluate what is a mistake; return the one line of complaint."""
+    """Evaluate invalid options; return the one-line error."""
     return lambda *words: refused(evaluate_command, *words, *options(tiny_data))
 
 
@@ -76,7 +76,7 @@ def options(data: Path, sets: tuple[str, ...] = SETS) -> list[object]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files of a run folder less its weights, without what depends on when and how they came."""
+    """Files of a run folder without weights and fields that depend on time and provenance."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -123,7 +123,7 @@ def test_what_is_recorded_is_that_of_the_written_weights(runs, tmp_path, evaluat
 
 
 def complaints(text: str) -> list[str]:
-    """Return the warnings of a report, but the one that random models deserve."""
+    """Return the warnings of a report, except the one for random models."""
     return [line for line in text.splitlines() if "WARNING" in line and "collapsed" not in line]
 
 
@@ -166,7 +166,7 @@ def test_what_is_done_is_skipped(runs, tmp_path, evaluate):
     some = evaluate("--wise", *ends, 0.5, "--out", out, sets=SETS[:1])
     assert f"{out}/wise-ft-0.5: imagenet-val " in some
     before = contents(out / "wise-ft-0.5")
-    # runs may move: weights are known by their hash
+    # runs may move: weights are identified by their hash
     runs.rename(tmp_path / "moved")
     ends = (tmp_path / "moved" / "zero", tmp_path / "moved" / "end")
     assert DONE in evaluate("--wise", *ends, 0.5, "--out", out, sets=SETS[:1])
@@ -174,7 +174,7 @@ def test_what_is_done_is_skipped(runs, tmp_path, evaluate):
     assert f"{out}/wise-ft-0.7: " in more
     assert f"{out}/wise-ft-0.5: " not in more
     assert contents(out / "wise-ft-0.5") == before
-    # what was counted on one set stays when another is added
+    # counts of one set are kept when another set is added
     evaluate("--wise", *ends, 0.5, "--out", out, sets=SETS[1:])
     results = json.loads((out / "wise-ft-0.5" / RESULTS).read_text())
     assert sorted(results["sets"]) == sorted(SETS)
@@ -203,7 +203,7 @@ def test_equal_towers_are_one(runs):
     assert at_0 is zero
     assert at_1 is end
     assert at_half not in (zero, end)
-    # the weights are held once
+    # the weights are stored once
     assert not any(one.saved.state for one in loaded)
 
 
@@ -211,7 +211,7 @@ def test_equal_towers_are_one(runs):
 def test_a_full_disk_leaves_nothing_that_is_half_written(
     runs, tmp_path, evaluate, wrong, monkeypatch
 ):
-    """Wherever the writing stops, results name files that are there, and a rerun ends the work."""
+    """Wherever writing stops, results name existing files, and a rerun completes the work."""
     words = ("--wise", runs / "zero", runs / "end", 0.3, 0.6, "--out")
     evaluate(*words, tmp_path / "clean")
     names = ("wise-ft-0.3", "wise-ft-0.6")
@@ -250,22 +250,22 @@ def test_a_tower_that_is_evaluated_is_the_one_that_rft_merge_writes(runs, tmp_pa
         name: data.replace(b"merged/", b"wise-tower-0.3/")
         for name, data in contents(merged).items()
     }
-    # what needs weights names the merge that writes them
+    # a command that needs the weights prints the merge that writes them
     with pytest.raises(ValueError, match=r"--alpha 0.3 --parts tower --out"):
         derived.require_weights(out / "wise-tower-0.3" / SELECTED)
 
 
-# what is no system
+# invalid systems
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--wise", "zero", "end", "0.5"], "--wise and --soup need --out DIR"),
-        (["end", "--parts", "tower"], "--parts tower is what --wise interpolates; name one"),
-        (["end", "--out", "out"], "--out is the folder for results of --wise and --soup"),
+        (["end", "--parts", "tower"], "--parts tower needs --wise"),
+        (["end", "--out", "out"], "--out needs --wise or --soup"),
         (["--wise", "zero", "end", "--out", "out"], "--wise takes START END and one or more"),
-        (["--wise", "zero", "end", "0.5", "more", "--out", "out"], "'more' is no number"),
+        (["--wise", "zero", "end", "0.5", "more", "--out", "out"], "'more' is not a number"),
         (["--wise", "zero", "end", "1.5", "--out", "out"], "an alpha of --wise is 1.5; it must"),
         (["--wise", "zero", "end", "nan", "--out", "out"], "an alpha of --wise is nan; it must"),
         (["--wise", "zero", "end", "0.5", "0.5", "--out", "out"], "has 0.5 twice"),
@@ -274,9 +274,9 @@ def test_a_tower_that_is_evaluated_is_the_one_that_rft_merge_writes(runs, tmp_pa
         (["--soup", "end", "--out", "out"], "a soup needs at least two models, 1 named"),
         (["--soup", "end", "end", "--out", "out"], "end and end are the same weights"),
         (["--soup", "zero", "end", "--soup", "zero", "more", "--out", "out"],
-         "two systems are called uniform-soup: of zero, end and of zero, more; evaluate them by"),
+         "two averages are called uniform-soup: of zero, end and of zero, more; evaluate them"),
         (["--wise", "zero", "end", "0.5", "--wise", "zero", "more", "0.5", "--out", "out"],
-         "two systems are called wise-ft-0.5"),
+         "two averages are called wise-ft-0.5"),
         (["--wise", "zero", "end", "0.5", "--end-weights", "last", "--out", "out"],
          "end did not keep its last weights"),
         ([], "name at least one run folder"),
@@ -295,9 +295,9 @@ def test_a_folder_that_holds_another_model(runs, tmp_path, evaluate, wrong, refu
     before = contents(out / "wise-ft-0.5")
     other = (runs / "zero", runs / "more")
     line = wrong("--wise", *other, 0.5, "--out", out)
-    assert f"{out}/wise-ft-0.5 holds another merge: merged_from.1: " in line
+    assert f"{out}/wise-ft-0.5 holds a different merge: merged_from.1: " in line
     merge = partial(refused, merge_command, "wise")
-    assert "holds another merge" in merge(*other, "--out", out / "wise-ft-0.5")
+    assert "holds a different merge" in merge(*other, "--out", out / "wise-ft-0.5")
     assert "alpha: 0.5 -> 0.7" in merge(*ends, "--alpha", 0.7, "--out", out / "wise-ft-0.5")
     assert contents(out / "wise-ft-0.5") == before
 
@@ -308,7 +308,7 @@ def test_without_weights_it_is_no_checkpoint(runs, tmp_path, evaluate, wrong, re
     evaluate("--wise", *ends, 0.5, "--soup", *ends, "--out", out)
     wise, soup = out / "wise-ft-0.5", out / "uniform-soup"
     command = f"python -m rft.merge wise {ends[0]} {ends[1]} --alpha 0.5 --out {wise}"
-    said = f"{wise} is an average without weights, as rft.evaluate --wise and --soup leave it; "
+    said = f"{wise} is an average without weights, made by rft.evaluate --wise or --soup; "
     lines = [
         wrong(wise),
         refused(merge_command, "wise", ends[0], wise, "--out", tmp_path / "more"),
@@ -330,14 +330,14 @@ def test_results_without_weights_belong_to_their_configuration(runs, tmp_path, e
     config = out / "wise-ft-0.5" / CONFIG
     files.write_json(str(config), {**json.loads(config.read_text()), "alpha": 0.6})
     line = refused(report_command, out, "--out", tmp_path / "report")
-    assert f"{config} was changed since {out}/wise-ft-0.5/results.json was written" in line
+    assert f"{config} was changed after {out}/wise-ft-0.5/results.json was written" in line
 
 
 def test_weights_that_are_gone_are_warned_of(runs, tmp_path, evaluate, capsys):
-    """They are no average's that was never written."""
+    """They belong to no average that was never written."""
     out = tmp_path / "wise"
     call(merge_command, "wise", runs / "zero", runs / "end", "--out", out)
     evaluate(out)
     (out / SELECTED).unlink()
     call(report_command, out, "--out", tmp_path / "report")
-    assert f"{out / SELECTED} is missing: whether the results" in capsys.readouterr().err
+    assert f"{out / SELECTED} is missing, so its results" in capsys.readouterr().err

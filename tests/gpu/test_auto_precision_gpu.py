@@ -1,4 +1,4 @@
-"""What `--precision auto` chooses on the GPU that is here."""
+"""The choice of `--precision auto` on this machine's GPU."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The memory that `--dry-run` prints, held against what a GPU's allocator gave out."""
+"""The memory that `--dry-run` prints, compared with a GPU's allocator."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_the_dry_run_is_within_a_tenth_of_the_allocators_peak(precision, recompu
     student = benchmark.build_classifier(arguments.model, arguments.classes)
     before = torch.cuda.memory_allocated(device)
     step = benchmark.build_steps(arguments, device, precision, student)["step"]
-    step()  # AdamW takes its memory
+    step()  # AdamW allocates its state
     most = benchmark.peak_memory(step, device) - before
     need = needs(benchmark.build_job(arguments, device, precision, student), [1])
     assert not need.estimated

@@ -1,4 +1,4 @@
-"""What only a GPU can show: nothing waits for it within a step, and bf16 leaves the masks alone."""
+"""Properties that only a GPU can show: no step waits for it, and bf16 does not change masks."""
 
 import copy
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.conftest import build_model, build_texts
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
-# not with --method.no-fill token-drop on a CAM's masks: the length of a tensor depends on them
+# not with --method.no-fill token-drop on CAM masks, which determine the length of a tensor
 @pytest.mark.parametrize("name", recipes.TRAINED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
@@ -31,7 +31,7 @@ def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
     job = benchmark.build_job(arguments, device, precision, student)
     ensemble = build_model(2) if recipe.method.kd_weight else None
     student.head.requires_grad_(recipe.method.loss == "cross-entropy")
-    # the teacher may be bf16, and then is no theta_0
+    # the teacher may be bf16, and then differs from theta_0
     pretrained = copy.deepcopy(student) if recipe.optim.anchored else None
     models, texts = (student, job.objective.teacher), build_texts(recipe.method)
     objective = Objective(
@@ -76,7 +76,7 @@ def test_a_compiled_step_is_the_eager_one_and_waits_for_nothing(choice, precisio
         return torch.cat([p.grad.flatten() for p in job.student.parameters()])
 
     eager, ours = gradients(Choice()), gradients(choice)
-    # bf16 rounds each tensor that a compiler no longer writes
+    # bf16 rounds each tensor that a compiler no longer materialises
     tolerance = 1e-4 if precision == "fp32" else 5e-2
     assert (ours - eager).norm() < tolerance * eager.norm()
     torch.cuda.synchronize()
@@ -100,7 +100,7 @@ def test_the_cams_kernels_equal_the_maps(cam, tokens, dtype):
     through = load(Choice(cam=cam)).through
     ours = through(row_BL, (query, key, value), gradient)
     assert (ours - maps).abs().max() < 1e-5 * maps.abs().max()
-    # the same bits each time: a mask must not depend on the order in which a GPU adds
+    # the same bits each time: a mask must not depend on a GPU's order of additions
     assert torch.equal(ours, through(row_BL, (query, key, value), gradient))
 
 

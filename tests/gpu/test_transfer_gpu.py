@@ -1,4 +1,4 @@
-"""Batches on a real GPU: read by it from page-locked memory, and none overwritten early."""
+"""Batches on a real GPU: read from page-locked memory, and never overwritten early."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from rft.loading.read import Slots, read_batches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
-CYCLES = 20_000_000  # that a GPU is kept busy with nothing, some milliseconds
+CYCLES = 20_000_000  # of idle work on the GPU, some milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def batches(tiny_data) -> EvaluationBatches:
 def test_no_batch_is_overwritten_before_it_was_used(batches, workers, capsys):
     device, seen = torch.device("cuda", 0), []
     for batch in read_batches(batches, range(len(batches)), workers=workers, device=device):
-        # the host is far ahead: it takes the next batches while this one is waited for
+        # the host is far ahead: it takes the next batches while this one is pending
         torch.cuda._sleep(CYCLES)
         seen.append((batch.images_BCHW.clone(), batch.labels_B))
     assert capsys.readouterr().err == "", "memory was page-locked without a warning"
@@ -50,7 +50,7 @@ def test_the_gpu_reads_the_slots_themselves_and_they_are_unlocked(batches):
 def test_memory_that_cannot_be_locked_is_copied_with_one_warning(batches, capsys):
     device, slots = torch.device("cuda", 0), Slots(batches, 2)
     slots.images(0).fill_(7)
-    # no memory is locked twice
+    # no memory is page-locked twice
     with (
         transferring(slots.memory, slots.largest, device),
         transferring(slots.memory, slots.largest, device) as refused,

@@ -1,5 +1,5 @@
-"""What hostile or broken input may do to each command: a table of rows, and fuzzers.
+"""Hostile or broken input for each command: a table of rows, and fuzzers.
 
-`python -m tests.hostile` prints how many rows there are of each kind; tests/hostile/test_table.py
-runs them. `python -m tests.hostile.fuzz` (make fuzz) runs the fuzzers.
+`python -m tests.hostile` prints the number of rows of each kind; tests/hostile/test_table.py runs
+them. `python -m tests.hostile.fuzz` (make fuzz) runs the fuzzers.
 """

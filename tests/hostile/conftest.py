@@ -44,5 +44,5 @@ def trained_world(packed_world: Path, sandbox: Sandbox) -> Path:
 
 @pytest.fixture(scope="session")
 def made_world(trained_world: Path, sandbox: Sandbox) -> Path:
-    """The valid world; nothing may be written into it."""
+    """The valid world, which tests must not write to."""
     return world.once(trained_world, "finished", lambda root: world.finish(root, sandbox))

@@ -13,7 +13,7 @@ ANSWERS = ("refused", "reported", "either", "accepted", "silent")
 
 
 def to_markdown() -> str:
-    """Return how many rows of each kind there are, and what their answers must be."""
+    """Count the rows of each kind, and their expected answers."""
     heads = ("kind", "rows", *ANSWERS, "`make programs` alone")
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     for kind, count in [*by_kind(ROWS).items(), ("all", len(ROWS))]:
@@ -26,7 +26,7 @@ def to_markdown() -> str:
 
 
 def main() -> None:
-    """Print all rows, or the table by kind; --save keeps it for docs/security.md as well."""
+    """Print all rows, or the table by kind; --save also keeps it for docs/security.md."""
     if sys.argv[1:] == ["--rows"]:
         for row in ROWS:
             print(f"{row.answer:9s} {row.name}")

@@ -1,4 +1,4 @@
-"""What a row of the table is, and when it holds."""
+"""Rows of the table, and the conditions under which they hold."""
 
 import re
 from collections import Counter
@@ -11,43 +11,43 @@ from tests import tiny
 from tests.hostile import sandbox
 from tests.hostile.world import Place, Ran
 
-# refused: one line, nothing written. reported: verify_shards lists it as a problem. accepted: it is
-# unusual and right. either: whether it is taken does not matter, as long as it does no harm.
-# silent: the reader is gone, so nothing is said.
+# refused: one line, nothing written. reported: verify_shards lists a problem. accepted: unusual but
+# correct. either: may be accepted, as long as it does no harm.
+# silent: the reader is gone, so nothing is printed.
 Answer = Literal["refused", "reported", "accepted", "either", "silent"]
 CODES = {"refused": 2, "reported": 1, "accepted": 0, "either": 2, "silent": 1}
-LONGEST_LINE = 2000  # letters of a line, which a person is to read
+LONGEST_LINE = 2000  # characters of a line, which must stay readable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One hostile or broken input, a command that meets it, and what must hold."""
+    """One hostile or broken input, a command that reads it, and the required outcome."""
 
     kind: str
     what: str
-    """What is hostile; the name of the row."""
+    """The hostile property; the name of the row."""
     words: Sequence[str]
     """The command line; `{url}` is the address of the row's server."""
     damage: Callable[[Place], object] = lambda _: None
     """Damages a copy of the world."""
     says: Sequence[str] = ()
-    """Patterns that the line must match, in any case of letters: which file, which place."""
+    """Patterns that the line must match, ignoring case: which file, which position."""
     answer: Answer = "refused"
     code: int | None = None
-    """Exit code, if it is not the answer's usual one."""
+    """Exit code, if it differs from the answer's usual one."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Of the environment."""
+    """Additional environment variables."""
     stdout: Literal["", "closed", "left"] = ""
     server: str = ""
     """How the server of tests/hostile/server.py answers; empty for a row without one."""
     writes: Sequence[str] = ()
-    """Patterns of files in the working folder that may be written although the row is refused."""
+    """Patterns of files in the working folder that may be written despite the refusal."""
     holds: Callable[[Place, Ran], object] = lambda *_: None
-    """What else must hold, by assertions."""
+    """Further conditions, as assertions."""
     slow: bool = False
     """Takes more than 0.3 s."""
     thorough: bool = False
-    """Much like another row, or long: for `make programs`, so that `make test` stays short."""
+    """Similar to another row, or long: for `make programs`, so that `make test` stays short."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Row:
 
 
 def complaints(row: Row, ran: Ran, before: dict, after: dict) -> Iterator[str]:
-    """Yield what does not hold."""
+    """Yield the conditions that do not hold."""
     outcome, output = ran.outcome, ran.stdout + ran.stderr
     if outcome.ended:
         spent = f"{outcome.seconds:.0f} s and {outcome.peak / 2**20:,.0f} MiB"
@@ -77,7 +77,7 @@ def complaints(row: Row, ran: Ran, before: dict, after: dict) -> Iterator[str]:
 def _lines(row: Row, ran: Ran) -> Iterator[str]:
     code = ran.outcome.code
     lines = [line for line in ran.stderr.splitlines() if line.strip()]
-    # under a log line that is a warning, others may be indented
+    # lines below a log line that is a warning may be indented
     errors = [line for line in lines if not tiny.STAMP.match(line) and not line.startswith("  ")]
     wanted = CODES[row.answer] if row.code is None else row.code
     accepted = code == 0 and row.answer in ("accepted", "either", "silent")
@@ -99,7 +99,7 @@ def _lines(row: Row, ran: Ran) -> Iterator[str]:
 
 
 def differs(name: str, before: dict, after: dict) -> bool:
-    """Whether a file is new, gone or changed."""
+    """Whether a file is new, deleted or changed."""
     return before.get(name) != after.get(name)
 
 

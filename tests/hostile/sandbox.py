@@ -1,8 +1,8 @@
-"""Commands in forked processes that are watched: time, memory, files, exit code, output.
+"""Commands in forked processes with monitoring: time, memory, files, exit code, output.
 
 A process that has imported everything is forked before the first test runs; it forks one process
-for each request. So a row costs no imports, a command that hangs or takes gigabytes is ended, and
-none leaves anything behind in the process of the tests.
+per request. So a row costs no imports, a command that hangs or takes gigabytes is killed, and
+nothing remains in the process of the tests.
 """
 
 import contextlib
@@ -39,17 +39,17 @@ PACKAGES = (
     "fsspec.implementations.http",
 )
 SECONDS = 20.0  # of a core: the machine may be busy
-HANGS = 60.0  # seconds after which a command is taken to wait for ever
+HANGS = 60.0  # seconds after which a command counts as hanging
 PEAK = 2 * 2**30  # bytes of resident memory
-# above what is resident, so that memory is refused only long after a row has failed
+# above the resident limit, so that memory is refused only long after a row has failed
 ADDRESSES = 16 * 2**30
-FILE_BYTES = 2**28  # no command of a row writes a larger file
-PAUSE = 0.005  # seconds between two looks at a process
+FILE_BYTES = 2**28  # no row's command writes a larger file
+PAUSE = 0.005  # seconds between two checks of a process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A command line and where it runs.
+    """A command line and its working folder.
 
     `stdout` is a file, or "closed" for a process that has none, or "left" for a pipe whose reader
     has gone.
@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a command; `ended` says why it was ended, empty if it ended by itself."""
+    """The result of a command; `ended` is why it was killed, empty if it ended by itself."""
 
     code: int
     ended: str
@@ -75,7 +75,7 @@ class Outcome:
 
 
 class Sandbox:
-    """The process that commands are forked from; it ends with this one."""
+    """The process from which commands are forked; it ends with this one."""
 
     def __init__(self) -> None:
         for name in PACKAGES:
@@ -93,7 +93,7 @@ class Sandbox:
                 os.close(self._answers)
                 _serve(theirs, answers)
                 code = 0
-            except BaseException:  # whatever it is, this copy must not go on as the test runner
+            except BaseException:  # this fork must not continue as the test runner
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -138,7 +138,7 @@ def _watch(pid: int) -> Outcome:
             ended = "memory" if peak > PEAK else "time"
             os.killpg(pid, signal.SIGKILL)
         time.sleep(PAUSE)
-    # what it started and did not wait for
+    # child processes that it did not wait for
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     peak = max(peak, usage.ru_maxrss * 1024)
@@ -168,7 +168,7 @@ def _spent(pid: int) -> float:
 
 
 def _become(request: Request) -> None:
-    """Be the command, in this process, and end with it."""
+    """Be the command, in this process, which then ends."""
     code = 1
     try:
         _enter(request)
@@ -177,7 +177,7 @@ def _become(request: Request) -> None:
         if program.endswith(".sh"):
             os.execvp("bash", ["bash", program, *options])
         code = _execute(program)
-    except BaseException:  # a mistake of this file must not go on as the sandbox
+    except BaseException:  # after a bug in this file, the fork must not continue as the sandbox
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -201,7 +201,7 @@ def _enter(request: Request) -> None:
     sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     if request.stdout == "closed":
         os.close(1)
-        # as the interpreter has it when it starts so
+        # as in an interpreter that starts like this
         sys.stdout = sys.__stdout__ = None
     else:
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
@@ -214,12 +214,12 @@ def _enter(request: Request) -> None:
     _limit(resource.RLIMIT_AS, _address_space() + ADDRESSES)
     _limit(resource.RLIMIT_FSIZE, FILE_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
-    # a forked copy makes torch's pool of threads anew at its first use: here, before several
-    # threads use it at once, which torch does not expect
+    # in a fork, torch recreates its thread pool at first use: do it here, before several threads
+    # use it at once, which torch does not support
     import torch
 
     torch.set_num_threads(torch.get_num_threads())
-    # tries again in a second, not in minutes
+    # retries within a second, not minutes
     from rft.storage import remote
 
     remote.PATIENCE = remote.Patience(tries=2, stall_seconds=2.0, longest_pause=0.1)
@@ -236,7 +236,7 @@ def _address_space() -> int:
 
 
 def _execute(program: str) -> int:
-    """Run a module or a script as Python does with a new process; return the exit code."""
+    """Run a module or a script like a new Python process; return the exit code."""
     code = 0
     try:
         if program.endswith(".py"):
@@ -248,11 +248,11 @@ def _execute(program: str) -> int:
         if stop.code is not None and not isinstance(stop.code, int):
             print(stop.code, file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException as error:  # as the interpreter does
+    except BaseException as error:  # as in the interpreter
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     try:
-        threading._shutdown()  # waits for the threads that are no daemons
+        threading._shutdown()  # waits for non-daemon threads
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError) as error:
@@ -262,7 +262,7 @@ def _execute(program: str) -> int:
 
 
 def _forget(program: str) -> None:
-    """Let a command be imported anew: runpy warns of one that is imported already."""
+    """Force a new import of a command: runpy warns of one that is already imported."""
     for name in (program, f"{program}.__main__"):
         module = sys.modules.get(name)
         if module is not None and not hasattr(module, "__path__"):
@@ -270,7 +270,7 @@ def _forget(program: str) -> None:
 
 
 def environment(home: Path, temporary: Path, extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a row's command: nothing of this process's but the path and locale."""
+    """The environment of a row's command: from this process only the path and locale."""
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         "LANG": "C.UTF-8",
@@ -291,7 +291,7 @@ CANARY = "canary-of-the-environment"
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
-    """What lies below a folder: kind, mode, and content or size and time of large files."""
+    """The contents of a folder: kind, mode, and content or size and time of large files."""
     found: dict[str, tuple[object, ...]] = {}
     for path in _walk(folder):
         status = path.lstat()

@@ -1,4 +1,4 @@
-"""A web server that means no good; what it serves lies in the row's working folder."""
+"""A hostile web server; the files that it serves are in the row's working folder."""
 
 import contextlib
 import gzip
@@ -13,12 +13,12 @@ from typing import BinaryIO
 from benchmarks.servers.loopback import ADDRESS
 from benchmarks.servers.ranges import RangeHandler, serving
 
-MOST = 6 * 2**30  # bytes of an answer without an end: more than any row may take
+MOST = 6 * 2**30  # bytes of an endless answer: more than any row may take
 
 
 @contextlib.contextmanager
 def hostile_server(folder: Path, way: str) -> Iterator[str]:
-    """Serve `folder`; `way` is "HOW NAME": what is done to requests whose path ends in NAME."""
+    """Serve `folder`; `way` is "HOW NAME": HOW to answer requests whose path ends in NAME."""
     how, _, name = way.partition(" ")
     closing = threading.Event()
     handler = partial(Handler, how, name, closing, directory=str(folder))
@@ -30,7 +30,7 @@ def hostile_server(folder: Path, way: str) -> Iterator[str]:
 
 
 class Handler(RangeHandler):
-    """Answers as the row says."""
+    """Answers according to the row."""
 
     def __init__(
         self, how: str, name: str, closing: threading.Event, *arguments: object, **options: str
@@ -73,7 +73,7 @@ class Handler(RangeHandler):
         self.begin(302, Location=self.path, Content_Length=0)
 
     def answer_file(self) -> None:
-        """Sends the reader to a file of its own."""
+        """Redirects the reader to a file of its own."""
         precious = Path(self.directory).parent / "outside" / "precious.txt"
         self.begin(302, Location=f"file://{precious}", Content_Length=0)
 
@@ -82,7 +82,7 @@ class Handler(RangeHandler):
         self.wfile.write(b"{")
 
     def answer_claims(self) -> None:
-        """Says that the file has a terabyte, and goes on serving it."""
+        """Announces a file of a terabyte, and keeps serving it."""
         first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
         headers = {"Content_Range": f"bytes {first}-{last}/{10**12}"}
         self.begin(206, Content_Length=last + 1 - first, **headers)

@@ -1,4 +1,4 @@
-"""A short run of each fuzzer, the same examples each time; `make fuzz` is the long one."""
+"""A short run of each fuzzer with fixed examples; `make fuzz` is the long one."""
 
 import socket
 import subprocess
@@ -44,7 +44,7 @@ HARM = {
 @pytest.mark.slow
 @pytest.mark.parametrize("what", HARM)
 def test_harm_is_noticed(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fuzzers would notice what they look for, and the harm is not done."""
+    """The fuzzers would detect each kind of harm, and the harm is prevented."""
     monkeypatch.setattr(guard, "CPU_SECONDS", 0.1)
     inside = tmp_path / "inside"
     inside.mkdir()

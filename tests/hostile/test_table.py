@@ -22,7 +22,7 @@ QUICK_SHARE = 100
 
 
 def parameters() -> Iterator[Any]:
-    """Yield all rows; `make quick` takes every so many of the cheap ones of each kind."""
+    """Yield all rows; `make quick` takes a regular subset of the cheap ones of each kind."""
     cheap: Counter[str] = Counter()
     for row in ROWS:
         cheap[row.kind] += not (row.slow or row.thorough)
@@ -34,7 +34,7 @@ def parameters() -> Iterator[Any]:
 
 @pytest.fixture
 def root(made_world: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the world, which is gone when the row is done: there are many."""
+    """A copy of the world, deleted after the row, because there are many."""
     yield world.copy(made_world, tmp_path / "world")
     shutil.rmtree(tmp_path / "world")
 
@@ -59,5 +59,5 @@ def test_names_of_rows_differ() -> None:
 
 
 def test_the_saved_table_counts_these_rows() -> None:
-    """docs/security.md shows it; `python -m tests.hostile --save` writes it again."""
+    """docs/security.md shows it; `python -m tests.hostile --save` rewrites it."""
     assert RESULT.read_text() == to_markdown()

@@ -1,6 +1,6 @@
-"""The small valid world that rows damage: everything in it was made by the commands themselves.
+"""The small valid world that rows damage: the commands themselves created all of it.
 
-Names are relative to the folder that a row's command runs in.
+Names are relative to the folder in which a row's command runs.
 """
 
 import io
@@ -36,7 +36,7 @@ SETTINGS = "SBATCH_OPTIONS=() CPU_OPTIONS=() TRAIN_OPTIONS=() TORCHRUN_OPTIONS=(
     }.items()
 )
 
-# commands of rows that differ only in what was damaged
+# commands of rows that differ only in the damage
 PACK = ("tools/shard_folder.py", "--source", "photos", "--out", "shards", "--classes")
 PACK += ("classes.json", "--encoding", "pixels", "--size", "16", "--workers", "1")
 ORIGINAL = (*PACK[:4], "original", *PACK[5:7], "--workers", "1")  # the images' own bytes
@@ -70,20 +70,20 @@ EXPORT = ("rft.convert", "export", "run", "--to", "open-clip", "--out", "exporte
 
 @dataclass(frozen=True)
 class Place:
-    """A copy of the world for one row: where its command runs, and what else it could reach."""
+    """A copy of the world for one row: its working folder, and other folders in reach."""
 
     root: Path
     url: str = ""
-    """Of the row's server, if it has one."""
+    """Of the row's server, if any."""
 
     @property
     def work(self) -> Path:
-        """Where the command runs: the copy itself."""
+        """The working folder: the copy itself."""
         return self.root / "work"
 
     @property
     def outside(self) -> Path:
-        """A folder of the user's own that no command has any business in."""
+        """A folder of the user's that no command may touch."""
         return self.root / "outside"
 
     def __truediv__(self, name: str) -> Path:
@@ -107,17 +107,17 @@ class Place:
         self.edit(f"{dataset}/manifest.json", shards=[{**first, **values}, *rest])
 
     def publish_index(self, data: bytes, name: str = "shards/test") -> None:
-        """Write other bytes as a set's index, with a manifest that vouches for them."""
+        """Write other bytes as a set's index, with a matching manifest."""
         (self / name / "index.npz").write_bytes(data)
         self.edit(f"{name}/manifest.json", index_sha256=files.sha256_bytes(data))
 
     def publish_samples(self, data: bytes, name: str = "shards/test") -> None:
-        """Write other bytes as a set's samples.npz, with a manifest that vouches for them."""
+        """Write other bytes as a set's samples.npz, with a matching manifest."""
         (self / name / "samples.npz").write_bytes(data)
         self.edit(f"{name}/manifest.json", samples_sha256=files.sha256_bytes(data))
 
     def publish_shard(self, data: bytes, name: str = "shards/test") -> None:
-        """Write other bytes as a set's first shard, with a manifest that vouches for them."""
+        """Write other bytes as a set's first shard, with a matching manifest."""
         shard = self.read(f"{name}/manifest.json")["shards"][0]["name"]
         (self / name / shard).write_bytes(data)
         self.edit_shard(name, bytes=len(data), sha256=files.sha256_bytes(data))
@@ -134,7 +134,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that has ended, and what it printed."""
+    """A finished command and its output."""
 
     outcome: Outcome
     stdout: str
@@ -167,7 +167,7 @@ def run(
 
 
 def pack(root: Path, sandbox: Sandbox) -> None:
-    """Make photos, their sets, a CLIP and third-party shards in an empty folder."""
+    """Create photos, their sets, a CLIP and third-party shards in an empty folder."""
     for name in ("work", "home", "tmp", "outside"):
         (root / name).mkdir(parents=True)
     (root / "outside" / "precious.txt").write_text("a file of the user's own\n")
@@ -191,7 +191,7 @@ def train(root: Path, sandbox: Sandbox) -> None:
 
 
 def finish(root: Path, sandbox: Sandbox) -> None:
-    """Make the zero-shot run, evaluate both and export one."""
+    """Create the zero-shot run, evaluate both and export one."""
     for words in (
         ZERO,
         ("rft.evaluate", "run", "zero", *COUNT),
@@ -246,7 +246,7 @@ def write_masks(work: Path) -> None:
 
 
 def write_model(work: Path) -> None:
-    """Write the run's weights as a state dict, as other code saves them."""
+    """Write the run's weights as a third-party state dict."""
     import torch
 
     from rft.clip.classifier import load_state
@@ -255,7 +255,7 @@ def write_model(work: Path) -> None:
 
 
 def once(root: Path, part: str, make: Callable[[Path], None]) -> Path:
-    """Make a part of the world unless another process of this test run has made it."""
+    """Create a part of the world unless another process of this test run has done so."""
     mark = root.with_name(f"{root.name}-{part}")
     with filelock.FileLock(f"{mark}.lock"):
         if not mark.exists():

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A real SLURM cluster in a box: slurmctld, munge and two slurmd that share this machine. Needs root
 # and the Debian packages slurmctld, slurmd, slurm-client and munge.
-#   cluster.sh run DIR            start it and stay; it is up when DIR/up exists. PREEMPTION=no in the
-#                                 environment: no job makes way for another
-#   cluster.sh in DIR COMMAND...  run a command inside, where sbatch finds it
-#   cluster.sh lose DIR NODE      kill all that runs on a node, as if its power had failed
-#   cluster.sh regain DIR NODE    start it again
+#   cluster.sh run DIR            start it and keep running; it is up when DIR/up exists. With
+#                                 PREEMPTION=no in the environment, no job preempts another
+#   cluster.sh in DIR COMMAND...  run a command inside, where sbatch finds the cluster
+#   cluster.sh lose DIR NODE      kill all processes of a node, like a power failure
+#   cluster.sh regain DIR NODE    restart the node
 # It has its own host name, network (no port of it is seen outside) and process numbers: when `run`
 # ends, however it ends, the kernel kills every daemon and every job with it.
 set -euo pipefail
@@ -51,7 +51,7 @@ PartitionName=high Nodes=ALL MaxTime=1-0 PriorityTier=10 PreemptMode=OFF
 END
 }
 
-# The first process of the box; nobody but this script starts it.
+# The first process of the box, started only by this script.
 inside() {
     local dir=$1
     hostname localhost

@@ -45,7 +45,7 @@ setup() {{
 
 
 def why_not() -> str:
-    """Why there can be no cluster here; empty if there can."""
+    """The reason why a cluster cannot run here; empty if it can."""
     for name, package in PACKAGES.items():
         if shutil.which(name, path=PROGRAMS) is None:
             return f"{name} is not installed (Debian package {package})"
@@ -53,11 +53,11 @@ def why_not() -> str:
         return "only root can start slurmd"
     box = ["unshare", "--net", "--uts", "--pid", "--mount-proc", "--fork", "true"]
     result = subprocess.run(box, capture_output=True, text=True)
-    return f"this machine has no namespaces for us: {result.stderr}" if result.returncode else ""
+    return f"this machine permits no namespaces: {result.stderr}" if result.returncode else ""
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without a path to this rft: jobs have to find their own."""
+    """This process's environment without PYTHONPATH, so that jobs import their own rft."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
@@ -68,11 +68,11 @@ class Cluster:
     folder: Path
 
     def enter(self, *command: object) -> list[str]:
-        """Return the command line that runs a command inside."""
+        """The command line that runs a command inside the cluster."""
         return [str(SCRIPT), "in", str(self.folder), *map(str, command)]
 
     def call(self, *command: object, cwd: Path | None = None) -> str:
-        """Run a command inside; return what it printed."""
+        """Run a command inside the cluster; return its output."""
         result = subprocess.run(
             self.enter(*command), env=environment(), cwd=cwd, capture_output=True, text=True
         )
@@ -80,14 +80,14 @@ class Cluster:
         return result.stdout.strip()
 
     def field(self, job: str, name: str) -> str:
-        """Return what SLURM shows of a job."""
+        """A field of a job, as SLURM shows it."""
         shown = self.call("scontrol", "show", "job", "--oneliner", job).split(f" {name}=", 1)[1]
         return shown.split(" ", 1)[0]
 
     def wait_until_idle(self, what: str) -> None:
         """Wait until no job waits or runs."""
         try:
-            # each look starts processes, which take time from the jobs
+            # each check starts processes, which slow down the jobs
             until(lambda: not self.call("squeue", "--noheader"), what, pause=0.2)
         except AssertionError as error:
             jobs = self.call("scontrol", "show", "jobs")
@@ -104,10 +104,10 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def running_cluster(folder: Path, *, preemption: bool = True) -> Iterator[Cluster]:
-    """Run a cluster; where it cannot be had, say why, and in CI fail."""
+    """Run a cluster. Where that is impossible, skip with the reason; in CI, fail."""
     if reason := why_not():
         if os.environ.get("RFT_REQUIRE_SLURM"):
-            pytest.fail(f"no SLURM cluster, which RFT_REQUIRE_SLURM asks for: {reason}")
+            pytest.fail(f"no SLURM cluster, which RFT_REQUIRE_SLURM requires: {reason}")
         pytest.skip(f"no SLURM cluster: {reason}")
     log = folder / "output.log"
     variables = ["env", f"PREEMPTION={'yes' if preemption else 'no'}"]
@@ -120,7 +120,7 @@ def running_cluster(folder: Path, *, preemption: bool = True) -> Iterator[Cluste
 
 @dataclass(frozen=True)
 class Project:
-    """A copy of what a user has cloned, with settings of its own."""
+    """A copy of a user's clone, with its own settings."""
 
     folder: Path
 
@@ -151,7 +151,7 @@ class Project:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Project:
-    """A project that is no git repository, and a home that has seen no other."""
+    """A project that is not a git repository, and an empty home folder."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = tmp_path / "project"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A run on a real cluster is finished whatever comes in between, with the calm run's weights."""
+"""Faults on a real cluster: every run finishes with the weights of an undisturbed run."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def progress(run: Path) -> int:
 
 
 def wait_for_progress(run: Path) -> int:
-    """Wait until a new checkpoint is there, in the middle of the run."""
+    """Wait for a new checkpoint in the middle of the run."""
     before = progress(run)
     until(lambda: progress(run) > before, f"a checkpoint in {run} after step {before}")
     step = progress(run)
@@ -46,7 +46,7 @@ def wait_for_progress(run: Path) -> int:
 
 
 def log_of(run: Path) -> str:
-    """Everything that the jobs of a run said."""
+    """The concatenated logs of a run's jobs."""
     return "".join(path.read_text() for path in sorted(run.glob("job-*.log")))
 
 
@@ -54,13 +54,13 @@ def require_each_step_once(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == sorted(set(steps))
-    # the others are those it was stopped after
+    # any other steps are those after which it stopped
     assert set(range(10, STEPS + 1, 10)) <= set(steps)
 
 
 @pytest.fixture
 def quiet(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster without jobs of others, and without any that a failed test would leave."""
+    """The cluster, with all jobs cancelled afterwards in case the test fails."""
     yield cluster
     cluster.call("scancel", "--user=root")
     cluster.wait_until_idle("the end of cancelled jobs")
@@ -72,13 +72,13 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_da
     project.write_settings(settings(tiny_data, tiny_clip))
     run = project.runs / f"{RECIPE}-seed0"
     job = project.submit(quiet, "--nodes=2", "train", RECIPE)
-    # what happens to the working tree does not reach the job
+    # changes to the working tree do not affect the job
     (project.folder / "rft" / "train" / "__main__.py").write_text("raise SystemExit(1)\n")
     (project.folder / "launch" / "job.sh").write_text("exit 1\n")
 
     wait_for_progress(run)
     subprocess.run([SCRIPT, "lose", quiet.folder, "node2"], check=True)
-    # SLURM finds out by itself, within the minute
+    # SLURM would notice by itself within a minute
     quiet.call("scontrol", "update", "nodename=node2", "state=down", "reason=lost")
     until(lambda: quiet.field(job, "JobState") == "PENDING", "the requeue", pause=0.2)
     subprocess.run([SCRIPT, "regain", quiet.folder, "node2"], check=True)
@@ -86,7 +86,7 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_da
     wait_for_progress(run)
     other = quiet.call("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
                        "--output=/dev/null", "--wrap=true")  # fmt: skip
-    until(lambda: "is requeued: it is preempted" in log_of(run), "the preemption")
+    until(lambda: "requeued: preempted" in log_of(run), "the preemption")
     until(
         lambda: quiet.field(other, "JobState") == "COMPLETED", "the job of more priority", pause=0.2
     )
@@ -97,7 +97,7 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_da
     assert quiet.field(job, "JobState") == "CANCELLED"
     assert quiet.field(job, "Restarts") == "2"
     assert reached <= progress(run) < STEPS
-    assert log_of(run).count("is requeued") == 1
+    assert log_of(run).count("requeued: ") == 1
 
     quiet.call(run / "resubmit.sh")
     quiet.wait_until_idle("the end of the run")
@@ -117,9 +117,9 @@ def kill_rank(cluster: Cluster, run: Path) -> None:
 
 
 def submit_broken(cluster: Cluster, project: Project) -> str:
-    """Submit what will never have a checkpoint, by sbatch itself; return the job's number.
+    """Submit, by plain sbatch, a training that can never write a checkpoint; return its number.
 
-    It gets none of this environment, as sites have it that want jobs to make their own.
+    It inherits none of this environment, as on sites where jobs set up their own.
     """
     words = ("launch/train.sbatch", RECIPE, "--loader.batch-size=61")
     return cluster.call("sbatch", "--parsable", "--export=HOME", *words, cwd=project.folder)
@@ -130,8 +130,8 @@ def require_given_up(cluster: Cluster, project: Project, job: str) -> None:
     assert cluster.field(job, "Restarts") == "0"
     said = (project.folder / f"rft-train-{job}.log").read_text()
     assert "a batch of 61 is larger" in said
-    assert "failed without having advanced" in said
-    assert f"go on with {project.runs}/{RECIPE}-seed0/resubmit.sh" in said
+    assert "made no progress; not requeued" in said
+    assert f"resume with {project.runs}/{RECIPE}-seed0/resubmit.sh" in said
 
 
 @pytest.mark.timeout(600)
@@ -146,18 +146,18 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
     wait_for_progress(first)
     kill_rank(quiet, first)
     wait_for_progress(last)
-    # the last task has the number of the whole array: only its own training may be requeued
+    # the last task has the array's own number: only its training may be requeued
     quiet.call("scancel", "--signal=USR1", "--batch", f"{array}_1")
     quiet.wait_until_idle("the end of the sweep")
 
     logs = next(project.runs.glob("jobs/sweep-*"))
     said = [(logs / f"job-{array}-{task}.log").read_text() for task in (0, 1)]
-    reasons = [re.findall("is requeued: (.*)", text) for text in said]
-    assert reasons == [["it failed, but had advanced"], ["it was asked to stop"]], said
+    reasons = [re.findall("requeued: (.*)", text) for text in said]
+    assert reasons == [["failed after making progress"], ["stop requested"]], said
     for run in (first, last):
         assert (run / "training.json").exists(), said
         require_each_step_once(run)
-        # it can be submitted alone
+        # each task can be resubmitted alone
         again = (run / "resubmit.sh").read_text()
         assert f" launch/train.sbatch {run.name.removesuffix('-seed0')} --seed 0\n" in again
         assert (run / "code" / "rft").is_dir()
@@ -169,9 +169,9 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
 def test_what_cannot_work_is_not_repeated_where_nothing_is_preempted(
     tmp_path_factory, project, tiny_data, tiny_clip
 ):
-    # SLURM shows other fields of a job there
+    # SLURM shows different job fields on such a cluster
     project.write_settings(settings(tiny_data, tiny_clip))
-    # its sockets have no room for the name of a test
+    # socket paths are limited, and the name of a test is too long
     with running_cluster(tmp_path_factory.mktemp("slurm"), preemption=False) as cluster:
         broken = submit_broken(cluster, project)
         cluster.wait_until_idle("the end of the job")

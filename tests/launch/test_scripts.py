@@ -1,4 +1,4 @@
-"""What the scripts of launch/ would submit, copy and refuse; no cluster is needed for that."""
+"""What the scripts of launch/ submit, copy and refuse, without a cluster."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def dry(project: Project, *words: str) -> list[str]:
 
 
 def bash(project: Project, script: str) -> str:
-    """Run a script that can call the functions of job.sh; return what it printed."""
+    """Run a script with the functions of job.sh; return its output."""
     lines = f"set -euo pipefail\nsource launch/job.sh\n{script}"
     result = subprocess.run(
         ["bash", "-c", lines],
@@ -129,7 +129,7 @@ HARMLESS = [
 
 
 def test_what_rft_refuses_as_a_credential_the_scripts_refuse(project):
-    """They are stricter: a secret's name that is new in rft/storage/urls.py is refused here."""
+    """The scripts are stricter, so a new secret name in rft/storage/urls.py is refused here too."""
     words = shlex.join([*WITH_SECRET, *HARMLESS])
     script = f'for word in {words}; do (refuse_credentials "$word") 2>&- || echo "$word"; done'
     assert bash(project, script).splitlines() == WITH_SECRET
@@ -163,14 +163,14 @@ def test_urls_that_hold_none(project):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "nothing is no kind of job; choose train, sweep, shard, evaluate or command"),
-        (("-p", "gpu", "train"), "gpu is no kind of job"),
-        (("../other/train", "vanilla"), "../other/train is no kind of job"),
+        ((), "unknown job (none given); choose train, sweep, shard, evaluate or command"),
+        (("-p", "gpu", "train"), "unknown job gpu; choose"),
+        (("../other/train", "vanilla"), "unknown job ../other/train; choose"),
         (("train",), "name a recipe to train"),
-        (("shard", "imagenet-r"), "name what to pack, imagenet or ood"),
-        (("sweep", "--seed", "1"), "the tasks of a sweep have a folder and a seed of their own"),
+        (("shard", "imagenet-r"), "choose what to pack: imagenet or ood"),
+        (("sweep", "--seed", "1"), "a sweep sets the run folder and the seed of each task"),
         (("evaluate",), "name at least one run"),
-        (("command", "rm"), "name a command of python or torchrun"),
+        (("command", "rm"), "the command must start with python or torchrun"),
     ],
 )
 def test_mistakes_are_one_line(project, words, message):
@@ -243,13 +243,13 @@ def test_a_run_keeps_the_code_it_began_with(project, tmp_path):
     copied(project, place)
     (project.folder / "REVISION").write_text("newer\n")
     (project.folder / "rft" / "cli.py").write_text("changed")
-    # as a job leaves them
+    # as left by a job
     (place / "rft" / "__pycache__").mkdir()
     (place / "rft" / "__pycache__" / "cli.cpython-311.pyc").write_text("")
     said = bash(project, f"snapshot . {place} 2>&1")
     assert f"resumes with the code in {place} (older)" in said
     assert (place / "rft" / "cli.py").read_text() != "changed"
-    # it could be a stranger's, and Python would run it in place of the source
+    # a different user could have written it, and Python would run it in place of the source
     assert not (place / "rft" / "__pycache__").exists()
     # a copy of a copy is known without a record, as in the tasks of a sweep
     shutil.rmtree(tmp_path / "state")
@@ -258,7 +258,7 @@ def test_a_run_keeps_the_code_it_began_with(project, tmp_path):
 
 
 def link_to(name: str) -> Callable[[Path, Path], None]:
-    """Something that makes NAME of the code a link to a file outside."""
+    """A function that replaces NAME in the code by a link to a file outside."""
 
     def make(code: Path, outside: Path) -> None:
         (code / name).unlink(missing_ok=True)
@@ -273,7 +273,7 @@ def fifo(code: Path, _: Path) -> None:
 
 
 def repository(code: Path, _: Path) -> None:
-    """One whose settings run a program when git looks at it."""
+    """A checkout whose git settings run a program when git reads it."""
     subprocess.run(["git", "init", "-q", code], check=True)
     hook = f"touch {shlex.quote(str(code.parent / 'ran'))}"
     subprocess.run(["git", "-C", code, "config", "core.fsmonitor", hook], check=True)
@@ -318,7 +318,7 @@ def dangling(code: Path, outside: Path) -> None:
     ],
 )
 def test_code_that_was_not_copied_by_this_user_is_refused(project, tmp_path, damage):
-    """It would run by the job; nothing of it is printed, waited for or run before."""
+    """The job would run it. The scripts neither print, run nor wait for any part of it."""
     project.write_settings()
     run = tmp_path / "run"
     outside = tmp_path / "outside"
@@ -337,7 +337,7 @@ def test_code_that_was_not_copied_by_this_user_is_refused(project, tmp_path, dam
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch) -> Path:
-    """An sbatch that takes every job and starts none."""
+    """An sbatch that accepts every job and starts none."""
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho 123\n")
@@ -393,7 +393,7 @@ def test_a_stop_is_asked_for_through_no_link(project, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("resubmit.sh", "is not a regular file; remove it"), ("job-7.log", "is a link, and no log")],
+    [("resubmit.sh", "is not a regular file; remove it"), ("job-7.log", "is a link, and logs are")],
 )
 @pytest.mark.usefixtures("sbatch")
 def test_what_cannot_be_replaced_is_refused(project, tmp_path, name, says):
@@ -448,9 +448,9 @@ def test_resubmitting_keeps_every_word(project, tmp_path):
     ("answers", "tries", "told"),
     [
         (["Socket timed out on send/recv operation"] * 2, 3, ""),
-        (["Requested operation is presently disabled"], 1, "error: it cannot be: Requested"),
-        (["Access/permission denied"], 1, "error: it cannot be: Access/permission denied; go on"),
-        (["Socket timed out on send/recv operation"] * 30, 30, "error: it cannot be: Socket"),
+        (["Requested operation is presently disabled"], 1, "error: the requeue failed: Requested"),
+        (["Access/permission denied"], 1, "the requeue failed: Access/permission denied; resume"),
+        (["Socket timed out on send/recv operation"] * 30, 30, "error: the requeue failed: Socket"),
     ],
 )
 def test_a_busy_controller_is_asked_again(project, answers, tries, told):
@@ -476,7 +476,7 @@ def test_a_busy_controller_is_asked_again(project, answers, tries, told):
 
 
 def attempt(project: Project, ranks: str) -> str:
-    """What a training's job says whose ranks are a piece of bash, on a node with GPUs."""
+    """The output of a training job on a GPU node whose ranks are a bash snippet."""
     project.write_settings(GPUS)
     return bash(
         project,
@@ -499,7 +499,7 @@ def test_ranks_that_all_end_well_have_finished_whatever_the_file_system_shows(pr
 
 def test_ranks_that_fail_without_having_advanced_are_not_started_again(project):
     said = attempt(project, "exit 1")
-    assert "failed without having advanced" in said
+    assert "made no progress; not requeued" in said
     assert said.endswith("failed\n")
 
 

@@ -1,4 +1,4 @@
-"""docs/cluster.md works: its commands are run as they stand, in order, by one shell."""
+"""Run the commands of docs/cluster.md unchanged, in order, in one shell."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from tests.launch.conftest import ROOT, SETTINGS, Cluster, Project, environment
 
 pytestmark = pytest.mark.slow
 
-# the page's settings are those of a cluster with GPUs; two ranks on each of two nodes here
+# the page's settings assume GPUs; the test runs two ranks on each of two nodes
 MORE = """
 PROCESSES_PER_NODE=2
 TRAIN_OPTIONS=(--loader.batch-size 16 --loader.workers 0 --log.image-steps 0 --optim.epochs 4)
@@ -81,11 +81,11 @@ def test_every_command_of_the_page(cluster: Cluster, project: Project):
     log = next(run.glob("job-*.log")).read_text()
     assert (run / "training.json").exists(), log
     assert "on 4 x cpu" in log
-    # it was stopped in the middle, and by the signal; the evaluation waited for the end
+    # the signal stopped it half way; the evaluation waited for the end
     (stopped,) = re.findall(r"stopped after step (\d+) of (\d+)", log)
     assert 0 < int(stopped[0]) < int(stopped[1])
-    told = re.findall(r"asked to stop$|stopped after|requeued", outputs["grep"], re.MULTILINE)
-    assert told[:3] == ["asked to stop", "stopped after", "requeued"]
+    told = re.findall(r"stop requested$|stopped after|requeued", outputs["grep"], re.MULTILINE)
+    assert told[:3] == ["stop requested", "stopped after", "requeued"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == sorted(set(steps))
@@ -97,8 +97,6 @@ def test_every_command_of_the_page(cluster: Cluster, project: Project):
         150,
     )
     assert (project.folder / "report" / "index.html").exists()
-    assert (
-        outputs["launch/submit.sh"].count("sbatch --chdir=") > 60
-    )  # of which most are the paper's
-    # whoever submits with such an umask keeps the runs to themselves
+    assert outputs["launch/submit.sh"].count("sbatch --chdir=") > 60  # most of them the paper's
+    # with this umask the runs are private
     assert not [path for path in project.runs.rglob("*") if path.stat().st_mode & 0o077]

@@ -1,4 +1,4 @@
-"""What a data plane must hold: T1 to T6 and T11 to T13 of the list in docs/peers.md.
+"""Requirements on a data plane: T1 to T6 and T11 to T13 of the list in docs/peers.md.
 
 T7 and T8 need servers and are in test_remote.py; T9 and T10 are about packing, in
 tests/packing/test_pack_processes.py and tests/packing/test_pack.py.
@@ -39,7 +39,7 @@ from tests.ranks.loading import CPU, batches_of, plan_of
 
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("{c}",))
 SLOW = pytest.mark.slow  # where loader processes start
-PER_CLASS = 23  # 69 samples: no batch, rank or shard count divides it
+PER_CLASS = 23  # 69 samples: not divisible by any number of batches, ranks or shards
 BATCH = 8
 
 
@@ -67,7 +67,7 @@ def packed(tmp_path_factory) -> dict[str, PackedDataset]:
 def global_batches(
     packed: PackedDataset, plan, world_size: int, workers: int, steps: range
 ) -> list[tuple[list[int], torch.Tensor]]:
-    """Ids and images of the global batches, put together from what each rank reads."""
+    """Ids and images of the global batches, combined from all ranks."""
     ranks = [
         [
             (batch.samples_B.tolist(), batch.images_BCHW.clone())
@@ -114,7 +114,7 @@ def test_t2_the_same_tensors(packed, encoding, world_size, workers):
     for ids, images_BCHW in found:
         for sample, image_CHW in zip(ids, images_BCHW, strict=True):
             assert torch.equal(image_CHW, torch.from_numpy(dataset.image(sample, 24)))
-    # and both encodings are the same data
+    # and both encodings contain the same data
     by_key = {packed["pixels"].key(s): packed["pixels"].image(s, 24) for s in range(len(dataset))}
     for sample in range(len(dataset)):
         key = packed["original"].key(sample)
@@ -155,7 +155,7 @@ def test_t3_killed_and_resumed_on_another_world_size(packed, tmp_path):
             }
             for log in logs
         ]
-        # a step counts when every rank has done it
+        # a step counts when every rank has finished it
         for step in sorted(set.intersection(*(set(rank) for rank in ranks))):
             seen[step] = list(chain.from_iterable(rank[step] for rank in ranks))
     assert sorted(seen) == list(range(len(seen)))
@@ -176,7 +176,7 @@ def test_t4_an_epoch_has_every_sample_once(packed, streams, block_shards):
         assert len(ids) == len(set(ids)) == len(dataset) // BATCH * BATCH
         left_out.append(frozenset(range(len(dataset))) - set(ids))
         assert len(left_out[-1]) == len(dataset) % BATCH  # the declared tail
-    assert len(set(left_out)) > 1  # another one each epoch
+    assert len(set(left_out)) > 1  # a different one each epoch
 
 
 @pytest.mark.slow
@@ -221,11 +221,11 @@ def test_t6_damage_is_an_error_with_shard_key_and_offset(packed, encoding, worke
     dataset, shard, sample = damaged_copy(packed[encoding], tmp_path)
     offset = int(dataset.index.offset[sample])
     whole = shard.read_bytes()
-    rest = np.arange(sample, len(dataset))  # the first that is read is the one that is damaged
+    rest = np.arange(sample, len(dataset))  # the first one that is read is the damaged one
     batches = EvaluationBatches(dataset, rest, image_size=24, batch_size=BATCH)
 
     def message() -> str:
-        """What reading the sample says; a batch with it has to say the same."""
+        """The error of reading the sample; a batch with it must give the same one."""
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are judged below
             dataset.payload(sample)
         with pytest.raises(ValueError, match=f"^{re.escape(str(caught.value))}$"):
@@ -240,7 +240,7 @@ def test_t6_damage_is_an_error_with_shard_key_and_offset(packed, encoding, worke
 
     previous = int(dataset.index.offset[sample - 1] + dataset.index.length[sample - 1])
     boundary = -(-previous // 512) * 512
-    shard.write_bytes(whole[:boundary])  # as a killed copy would leave it
+    shard.write_bytes(whole[:boundary])  # as left by a killed copy
     assert f"short read: 0 of {dataset.index.length[sample]} bytes at" in message()
     assert dataset.key(sample) in message()
 
@@ -258,7 +258,7 @@ def test_t6_damage_is_an_error_with_shard_key_and_offset(packed, encoding, worke
 
 
 def test_t6_a_damaged_header_costs_no_sample(packed, tmp_path):
-    # where tar readers stop or skip, samples are found by their offsets all the same
+    # tar readers stop or skip there, but samples are found by their offsets
     dataset, shard, sample = damaged_copy(packed["pixels"], tmp_path)
     flipped = bytearray(shard.read_bytes())
     flipped[int(dataset.index.offset[sample]) - 512] ^= 255
@@ -268,7 +268,7 @@ def test_t6_a_damaged_header_costs_no_sample(packed, tmp_path):
 
 
 def descriptors(at_most: int) -> int:
-    """How many this process has open, once those of ended workers are collected."""
+    """Number of open descriptors of this process, after those of ended workers are collected."""
 
     def count() -> int:
         gc.collect()
@@ -292,7 +292,7 @@ def test_t11_memory_and_descriptors_stay_flat(packed, workers):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         at_most = after[2][1] if len(after) > 2 else sys.maxsize
         after.append((pages * resource.getpagesize(), descriptors(at_most)))
-    settled = after[2:]  # the first two start what stays: the fork server, open shards
+    settled = after[2:]  # the first two start permanent resources: the fork server, open shards
     memory = [size for size, _ in settled]
     assert max(memory) <= 1.05 * memory[0]
     assert max(count for _, count in settled) == settled[0][1]
@@ -332,7 +332,7 @@ def test_t12_nothing_of_the_parent_reaches_the_workers(packed):
 
 
 class _Watching:
-    """Batches whose sample numbers tell about the process that reads them."""
+    """Batches whose sample numbers encode properties of the process that reads them."""
 
     image_size, largest = 24, 3
 
@@ -372,7 +372,7 @@ def test_t13_another_manifest_or_plan_is_refused_with_the_difference(
     command = ["no-mask", "--scale", "miniature", "--model.clip", tiny_clip, *size]
     command += ["--data", data, "--run-dir", run, "--optim.epochs", "1", "--loader.workers", "0"]
     tiny.call(train_command, *command)
-    (run / "training.json").unlink()  # as it was before its end
+    (run / "training.json").unlink()  # as before its end
 
     line = refused(train_command, *command, "--loader.streams", "2")
     assert "loader.streams: 1 -> 2" in line
@@ -387,7 +387,7 @@ def test_t13_another_manifest_or_plan_is_refused_with_the_difference(
 
 
 def test_resume_is_immediate(packed):
-    """The thousandth step costs what the first one does: nothing is read or drawn before it."""
+    """The thousandth step costs as much as the first: nothing is read or drawn before it."""
     dataset = packed["pixels"]
     plan = plan_of(dataset, BATCH, 2, 2)
     far = 1000 * plan.steps_per_epoch + 3
@@ -424,7 +424,7 @@ else:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ends", "is killed"])
 def test_loader_processes_end_with_their_trainer_on_macos(packed, tmp_path, how):
-    """Where no call says who sent a signal: it is taken away in all of the processes."""
+    """On systems without a call for the sender of a signal, simulated in all processes."""
     (tmp_path / "sitecustomize.py").write_text("import signal; del signal.sigtimedwait")
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     with subprocess.Popen(

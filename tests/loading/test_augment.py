@@ -1,4 +1,4 @@
-"""`--loader.augment`: random crops and flips that follow from seed, epoch and image id alone."""
+"""`--loader.augment`: random crops and flips, determined by seed, epoch and image id alone."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -23,7 +23,7 @@ from tests.reference.augment import crop_flip
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("{c}",))
 SIZE = 24
-AREA, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # written anew: they are what is promised
+AREA, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # the specification, reimplemented
 SHAPES = ((37, 30), (30, 37), (24, 24), (41, 19), (15, 60), (9, 11), (100, 1), (1, 100))
 SLOW = pytest.mark.slow  # where loader processes start
 
@@ -69,7 +69,7 @@ def batches(packed: PackedDataset, batch: int = 6, rank: int = 0, ranks: int = 1
 
 
 def seen(all_ranks: list[TrainingBatches], steps: range, workers: int) -> dict[str, bytes]:
-    """The pixels of each image that some steps read, by its id."""
+    """The pixels of each image in some steps, by its id."""
     found = {}
     for one in all_ranks:
         for batch in read_batches(one, steps, workers=workers, device=CPU):
@@ -118,13 +118,13 @@ def test_every_crop_is_inside_and_nearly_the_whole(width, height, seed, epoch, k
     assert wide >= 1
     assert high >= 1
     assert isinstance(flip, bool)
-    # sides are whole pixels: half a pixel each is what they may be off
+    # sides are whole pixels, so each may be off by half a pixel
     slack = (wide + high) / 2 + 1
     fits = RATIO[0] <= width / height <= RATIO[1]
     if fits:
         assert AREA[0] * width * height - slack <= wide * high <= width * height
     else:
-        # no crop of that ratio has so much of it: the largest one is taken, or one that is larger
+        # if no crop of that ratio is so large, the largest is taken, or a larger one
         ratio = RATIO[0] if width < height else RATIO[1]
         largest = width * width / ratio if width < height else height * height * ratio
         assert wide * high >= min(AREA[0] * width * height, largest) - slack
@@ -156,20 +156,20 @@ def test_crops_are_distributed_as_torchvisions():
 )
 def test_ranks_and_loader_processes_do_not_matter(packed, encoding, ranks, workers):
     dataset = packed[encoding]
-    epoch = range(4, 8)  # the second one: 26 images are four batches of six
+    epoch = range(4, 8)  # the second epoch: 26 images are four batches of six
     alone = seen([batches(dataset)], epoch, 0)
     assert len(alone) == 24
     assert (
         seen([batches(dataset, 6, rank, ranks) for rank in range(ranks)], epoch, workers) == alone
     )
-    # nor where an epoch is entered: a resumed run reads the rest of it
+    # nor if an epoch is entered half way: a resumed run reads its remainder
     for rank in range(ranks):
         rest = seen([batches(dataset, 6, rank, ranks)], epoch[2:], workers)
         assert rest.items() <= alone.items()
 
 
 def test_batches_and_packing_do_not_matter(packed):
-    """Other batches hold the same pixels: every image is in both epochs of one image a batch."""
+    """Different batches contain the same pixels; single-image batches cover both epochs."""
     dataset = packed["original"]
     singly = seen([batches(dataset, 1)], range(26, 52), 0)
     assert len(singly) == 26

@@ -1,4 +1,4 @@
-"""Files of features: whatever happens to one, a row that is read is right or is missing."""
+"""Files of features: after any fault, a row is either correct or missing."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def opened(folder: Path, key: dict = KEY, limit: int = SIZE, size: int = ROWS) -
 
 @pytest.fixture
 def file(tmp_path) -> Iterator[FeatureFile]:
-    """A file whose even rows are there, written in an order of no kind."""
+    """A file with its even rows, written in random order."""
     file = opened(tmp_path)
     file.keep(np.array([8, 2, 4, 6]), rows([8, 2, 4, 6]))
     file.keep(np.array([0, *range(10, ROWS, 2)]), rows([0, *range(10, ROWS, 2)]))
@@ -97,7 +97,7 @@ def test_what_is_damaged_while_the_file_is_open_is_missing(file, capsys, spoil, 
     assert set(numbers[~whole].tolist()) == expected
     assert np.array_equal(found[whole], rows(numbers[whole]))
     assert any("damaged or from a different file" in line for line in lines(capsys)) == warns
-    # and is as good as before when it is written again
+    # and is as good as before after it is rewritten
     file.keep(numbers, rows(numbers))
     found, whole = file.read(numbers)
     assert whole.all()
@@ -128,7 +128,7 @@ def test_the_limit_holds(tmp_path, capsys):
     assert FeatureFolder(tmp_path, SIZE - 1).open(KEY, ROWS, WIDTH) is None
     assert "are not kept" in " ".join(lines(capsys))
     first, second = (opened(tmp_path, {"tower": n}, 2 * SIZE) for n in (1, 2))
-    # both are open, so neither may go
+    # both are open, so neither may be removed
     assert FeatureFolder(tmp_path, 2 * SIZE).open(KEY, ROWS, WIDTH) is None
     second.close()
     (tmp_path / "notes.txt").write_text("of somebody else")
@@ -142,7 +142,7 @@ def test_the_limit_holds(tmp_path, capsys):
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """The system refuses to write beyond 4 MB of a file, as it does on a full disk."""
+    """The system refuses to write beyond 4 MB of a file, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
     yield

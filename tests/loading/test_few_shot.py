@@ -1,4 +1,4 @@
-"""`--loader.shots`: K images of each class, chosen by id from those that are not held out."""
+"""`--loader.shots`: K images per class, chosen by id from those that are not held out."""
 
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -99,7 +99,7 @@ def test_any_classes_in_any_order(classes, shots, seed):
         {key_N[n].decode(): classes[n] for n in enough.tolist()}, shots, seed
     )
     assert {key_N[n].decode() for n in chosen} == expected
-    # without a class, and stored the other way round
+    # without a class, and stored in reverse order
     others = enough[label_N[enough] > 0]
     assert set(few_shot(key_N, label_N, others, shots, seed).tolist()) == chosen & set(
         others.tolist()
@@ -110,7 +110,7 @@ def test_any_classes_in_any_order(classes, shots, seed):
 
 @pytest.mark.parametrize(("streams", "block_shards"), [(1, 0), (2, 2)])
 def test_an_epoch_has_each_of_them_once(sets, streams, block_shards):
-    """Most shards hold one or no image of so few."""
+    """With so few images, most shards hold one or none."""
     packed, few = sets["original"], config(1, streams=streams, block_shards=block_shards)
     plan, samples, _ = plan_training(packed, few)
     assert 0 in plan.shard_sizes

@@ -1,4 +1,4 @@
-"""The plan's invariants, for any shards, streams, blocks and world sizes; its frozen numbers."""
+"""The plan's invariants for any shards, streams, blocks and world sizes, and its frozen numbers."""
 
 import hashlib
 import itertools
@@ -95,9 +95,9 @@ def test_blocks_read_few_shards_at_a_time():
     order = EpochOrder(plan, 0)
     for step in range(plan.steps_per_epoch):
         shards = np.unique(order.batch(step) // 100)
-        # at most two blocks of two shards, and a cut shard, in each of the four streams
+        # at most two blocks of two shards, and a split shard, in each of the four streams
         assert len(shards) <= 4 * 5
-        # and one block more is asked for ahead
+        # and one more block is requested ahead
         assert len(order.shards_ahead(step, [0], 1)) <= 4 * 7
 
 
@@ -106,7 +106,7 @@ def test_a_batch_larger_than_the_set_is_refused():
         Plan(shard_sizes=(5,), batch_size=6, seed=0)
 
 
-# small enough to be read: three shards, and two streams of blocks of one shard
+# small enough to verify by reading: three shards, and two streams of blocks of one shard
 WHOLE = Plan(shard_sizes=(4, 3, 5), batch_size=4, seed=0)
 BLOCKS = Plan(shard_sizes=(4, 3, 5, 4), batch_size=4, seed=0, streams=2, block_shards=1)
 LARGER = {
@@ -117,7 +117,7 @@ LARGER = {
     ),
     "small shards": Plan(shard_sizes=(1, 2) * 40, batch_size=24, seed=5, streams=3, block_shards=4),
 }
-# ALGORITHM -> the batches of two epochs, and digests of those of LARGER and of what is read ahead
+# ALGORITHM -> the batches of two epochs, and digests of those of LARGER and of the read-ahead
 FROZEN = {
     1: {
         "whole": [
@@ -156,7 +156,7 @@ def batches(plan: Plan, epoch: int) -> list[list[int]]:
 
 
 def read_ahead(plan: Plan, epoch: int) -> list[list[int]]:
-    """What two ranks of two, together and alone, look ahead to in each step."""
+    """The read-ahead of two ranks of two, together and alone, in each step."""
     order, steps = EpochOrder(plan, epoch), range(plan.steps_per_epoch)
     return [order.shards_ahead(step, ranks, 2) for step in steps for ranks in ([0], [1], [0, 1])]
 
@@ -173,7 +173,7 @@ def test_the_order_is_frozen():
 
 
 def test_what_is_read_ahead_is_frozen():
-    # it changes no batch, but a shard that is missing from it is fetched sample by sample
+    # it changes no batch, but a shard missing from it is fetched sample by sample
     found = {name: digest([read_ahead(p, epoch) for epoch in (0, 1)]) for name, p in LARGER.items()}
     assert found == FROZEN[ALGORITHM]["ahead"]
 

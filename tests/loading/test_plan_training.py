@@ -1,4 +1,4 @@
-"""Which seed decides what: the held-out split, the sample order, and what a checkpoint says."""
+"""Which seed determines what: the held-out split, the sample order, and a checkpoint's record."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def config(**changes) -> Config:
 
 
 def chosen(packed, **changes) -> tuple[list[int], list[int]]:
-    """The held-out samples, and the order of the first epoch as places of the others."""
+    """The held-out samples, and the order of the first epoch as positions of the others."""
     plan, samples, held_out = plan_training(packed, config(**changes))
     first = EpochOrder(plan, 0)
     places = np.concatenate([first.batch(step) for step in range(plan.steps_per_epoch)])
@@ -44,7 +44,7 @@ def test_one_seed_decides_both_and_each_has_its_own(packed):
     other_split, other_places = chosen(packed, seed=2)
     assert split != other_split
     assert places != other_places
-    # each option alone, and with the run's seed left as it is
+    # each option alone, and with the run's seed unchanged
     assert chosen(packed, seed=1, split_seed=2) == (other_split, places)
     assert chosen(packed, seed=1, order_seed=2) == (split, other_places)
     assert chosen(packed, seed=2, split_seed=1, order_seed=1) == (split, places)

@@ -1,6 +1,7 @@
-"""Remote data: whatever the network or the disk does, a batch is that of a local copy, or an error.
+"""Remote data: under any fault, a batch equals that of a local copy, or is an error.
 
-The servers are real and on loopback; see tests.servers. A test with faults asserts that they fired.
+The servers are real and on loopback; see tests.servers. Tests with faults assert that they
+occurred.
 """
 
 import contextlib
@@ -54,10 +55,10 @@ SIZE, SAMPLES, BATCH = 64, 60, 12
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))
 OPTIONS = Options(encoding="pixels", size=SIZE, shard_mb=0.11, workers=1)
 TRAIN = "imagenet-train"
-MIDDLE = 20_000  # bytes: in a sample, and in nearly every request
+MIDDLE = 20_000  # bytes: within a sample, and in nearly every request
 PATIENCE = Patience(tries=30, stall_seconds=0.2, bytes_per_second=2**22, longest_pause=0.02)
 LITTLE_PATIENCE = Patience(tries=2, stall_seconds=1.0, longest_pause=0.01)
-# for what must come at the first try: however slow this machine is, nothing is given up
+# for requests that must succeed at the first try: no timeout on a slow machine
 ONE_TRY = Patience(tries=1, stall_seconds=SECONDS)
 CPU = torch.device("cpu")
 
@@ -161,7 +162,7 @@ def digests(packed: PackedDataset, workers: int = 0) -> list[str]:
 
 
 def fill(packed: PackedDataset, numbers: list[int]) -> None:
-    """Ask for shards until the cache has them."""
+    """Request shards until the cache has them."""
     cache = packed.shards.cache
     assert cache is not None
     packed.shards.look_ahead(numbers)
@@ -182,7 +183,7 @@ def is_sound(folder: Path) -> bool:
 def test_t7_broken_connections(
     through_faults: Through, expected: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers end in the middle, are reset, stall or are refused: the same ids and pixels come."""
+    """Answers are truncated, reset, stalled or refused: the same ids and pixels arrive."""
     # each stall takes as long as our patience
     schedule = first(6) if kind == "stall" else every_third
     with through_faults(Fault(kind=kind, after=MIDDLE), schedule) as (proxy, url):
@@ -190,7 +191,7 @@ def test_t7_broken_connections(
         monkeypatch.setattr(remote, "PATIENCE", PATIENCE)
         assert digests(packed) == expected
     assert proxy.fired[kind] > 0
-    # more where this machine was too slow for our patience; fewer if a client retried in silence
+    # more if this machine was too slow for our patience; fewer if a client retried silently
     assert packed.shards.counters.range_retries >= proxy.fired[kind]
 
 
@@ -212,7 +213,7 @@ def test_t7_random_refusals(
 def test_slow_connections(
     through_faults: Through, expected: list[str], fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow line is not a dead one."""
+    """A slow connection is not a dead one."""
     monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
     with through_faults(fault, every_third) as (proxy, url):
         assert digests(PackedDataset(url)) == expected
@@ -238,9 +239,9 @@ def sample_named(packed: PackedDataset, error: ValueError) -> str:
 def test_patience_ends(through_faults: Through, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with through_faults(Fault(kind=kind, after=5000), lambda n: n > 0) as (proxy, url):
         packed = PackedDataset(url)
-        packed.payload(SAMPLES - 1)  # to start a client takes longer than our patience
+        packed.payload(SAMPLES - 1)  # starting a client takes longer than our patience
         patience = LITTLE_PATIENCE
-        if kind != "stall":  # nothing but the fault ends a try, however slow this machine is
+        if kind != "stall":  # only the fault ends a try, on any machine
             patience = dataclasses.replace(LITTLE_PATIENCE, stall_seconds=SECONDS)
         monkeypatch.setattr(remote, "PATIENCE", patience)
         with pytest.raises(ValueError, match="2 tries") as caught:
@@ -259,7 +260,7 @@ def test_too_slow_is_an_error(web: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_server_without_ranges(nginx: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole files come where parts are asked for: never the wrong bytes."""
+    """The server sends complete files instead of ranges: never the wrong bytes."""
     monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
     packed = PackedDataset(f"{nginx}/norange/{TRAIN}")
     for sample in range(len(packed)):
@@ -273,7 +274,7 @@ def test_server_without_ranges(nginx: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_server_that_compresses(
     nginx: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that may compress is asked not to: there are no ranges in compressed answers."""
+    """A server that may compress is asked not to: compressed answers have no ranges."""
     monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
     assert digests(PackedDataset(f"{nginx}/gzip/{TRAIN}")) == expected
 
@@ -334,7 +335,7 @@ def test_manifest_and_index_over_http(nginx: str, local: Path) -> None:
 
 
 def test_changed_shard(local: Path, tmp_path: Path) -> None:
-    """Bytes that changed at the source are an error with their place, with a cache or without."""
+    """Bytes changed at the source are an error with their position, with or without a cache."""
     for path in (local / TRAIN).iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -414,7 +415,7 @@ def cut(path: Path) -> None:
 def test_damaged_cache(
     web: str, tmp_path: Path, expected: list[str], damage: Callable[[Path], None], when: str
 ) -> None:
-    """A cached file goes bad: what it held comes from the source again."""
+    """A cached file is damaged: its contents come from the source again."""
     cache = Cache(tmp_path, 2**30)
     packed = PackedDataset(f"{web}/{TRAIN}", cache=cache)
     everything = list(range(len(packed.manifest.shards)))
@@ -431,7 +432,7 @@ def test_damaged_cache(
 
 
 def test_full_disk(web: str, tmp_path: Path, expected: list[str], local: Path) -> None:
-    """A disk with room for two shards and a half: the others are read by their ranges."""
+    """A disk that holds two and a half shards: the others are read by ranges."""
     shard_bytes = Manifest.load(str(local / TRAIN)).shards[0].bytes
     with small_disk(tmp_path, int(2.5 * shard_bytes)) as disk:
         packed = PackedDataset(f"{web}/{TRAIN}", cache=Cache(disk / "cache", 2**30))
@@ -454,13 +455,13 @@ def test_cache_folder_that_cannot_be(tmp_path: Path) -> None:
 
 
 def removed(folder: Path) -> bool:
-    """Remove a folder; return whether it is gone: what fills it may write a file meanwhile."""
+    """Remove a folder; return whether it is gone: a filling thread may still write a file."""
     shutil.rmtree(folder, ignore_errors=True)
     return not folder.exists()
 
 
 def test_emptied_cache(web: str, tmp_path: Path, expected: list[str]) -> None:
-    """Somebody deletes the folder while it is in use: it is made and filled again."""
+    """The folder is deleted while it is in use: it is recreated and refilled."""
     packed = PackedDataset(f"{web}/{TRAIN}", cache=Cache(tmp_path / "cache", 2**30))
     everything = list(range(len(packed.manifest.shards)))
     for _ in range(3):
@@ -521,12 +522,12 @@ def test_closing_ends_the_filling_thread(filling: list[Shards], tmp_path: Path) 
         filling[0].close()
         assert not thread.is_alive()
         assert not list(tmp_path.glob(".*.part"))
-        filling[0].look_ahead([1])  # what was closed may be used again
+        filling[0].look_ahead([1])  # its resources may be used again after it is closed
         thread = filler_of(filling[0])
 
 
 def test_nobody_has_to_close(filling: list[Shards], tmp_path: Path) -> None:
-    """Shards go with their last reference, and the thread, which has none, goes with them."""
+    """Shards are freed with their last reference, and so is the thread, which holds none."""
     thread, collected = filler_of(filling[0]), weakref.ref(filling[0])
     filling.clear()
     assert collected() is None
@@ -536,7 +537,7 @@ def test_nobody_has_to_close(filling: list[Shards], tmp_path: Path) -> None:
 
 
 class FirstAgain(EvaluationBatches):
-    """The first shard's samples again and again, while the cache is told to get the last one."""
+    """The first shard's samples repeatedly, while the cache fetches the last one."""
 
     def samples_of(self, number: int) -> np.ndarray:
         self.packed.shards.look_ahead([len(self.packed.manifest.shards) - 1])
@@ -546,7 +547,7 @@ class FirstAgain(EvaluationBatches):
 def test_a_loader_process_that_ends_takes_its_part_along(
     web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # seconds after which torch would end the process in another way; this machine may be busy
+    # seconds after which torch would end the process differently; this machine may be busy
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", SECONDS)
     last = Manifest.load(f"{web}/{TRAIN}").shards[-1].name
     stall = Fault(kind="stall", after=MIDDLE)
@@ -565,7 +566,7 @@ def test_a_loader_process_that_ends_takes_its_part_along(
 def test_new_part_is_not_taken_for_an_abandoned_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening a dead process's part and locking it, a living one puts its own there."""
+    """Between opening a dead process's partial file and locking it, a living one replaces it."""
     part = tmp_path / f".{64 * '0'}.part"
     part.write_bytes(b"old")
     lock = caching._lock
@@ -585,7 +586,7 @@ def test_new_part_is_not_taken_for_an_abandoned_one(
 def test_shard_that_is_published_meanwhile_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part gets its final name while another process adds up what is there."""
+    """A partial file gets its final name while another process sums up the cache's size."""
     one, other = (Shard(name="x.tar", bytes=1000, sha256=64 * name, samples=1) for name in "ab")
     cache, threads = Cache(tmp_path, 1500), []
     part = cache.begin(one, keep=set(), known=set())
@@ -595,7 +596,7 @@ def test_shard_that_is_published_meanwhile_is_counted(
     def publish_meanwhile(folder: caching.Folder, name: str) -> bool:
         threads.append(threading.Thread(target=part.publish))
         threads[-1].start()
-        # it waits for the lock that is held here; without one it would publish meanwhile
+        # it waits for the lock held here; without one it would publish meanwhile
         threads[-1].join(0.3)
         return delete_abandoned(folder, name)
 
@@ -610,7 +611,7 @@ def test_shard_that_is_published_meanwhile_is_counted(
 def test_end_amid_a_deletion_leaves_no_empty_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The filling thread is stopped wherever it is when the training ends."""
+    """The filling thread stops at any point when the training ends."""
 
     def end_after(function: Callable) -> Callable:
         def wrapper(*arguments) -> None:
@@ -674,7 +675,7 @@ PROCESSES = """
 
 @contextlib.contextmanager
 def started(program: str, *arguments: str | Path | int) -> Iterator[subprocess.Popen]:
-    """Run a program in a process of its own; it is over when the body is."""
+    """Run a program in its own process, which ends with the body."""
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     with subprocess.Popen(
         command, env=tiny_world.environment(), stdout=subprocess.PIPE, text=True
@@ -687,12 +688,12 @@ def started(program: str, *arguments: str | Path | int) -> Iterator[subprocess.P
 
 @contextlib.contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """Yield a list that grows by the bytes in a cache, measured again and again."""
+    """Yield a list of repeated measurements of the bytes in a cache."""
     sizes: list[int] = []
     over = threading.Event()
 
     def measure() -> int:
-        # the lock: between two looks at two files, one could go to make room for the other
+        # locked: otherwise a file could be evicted for another between looking at the two
         with (folder / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             total = 0
@@ -715,7 +716,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
 
 
 def inode(path: Path) -> int | None:
-    """Return which file a path names now, None where there is none: it may go at any moment."""
+    """Return the file that a path names now; None if there is none, because it may be evicted."""
     try:
         return path.stat().st_ino
     except FileNotFoundError:
@@ -725,7 +726,7 @@ def inode(path: Path) -> int | None:
 def test_processes_share_a_cache_and_one_is_killed(
     web: str, local: Path, tmp_path: Path, expected: list[str]
 ) -> None:
-    """Room for three shards and a half, three processes; one is killed while it fills a shard."""
+    """Space for three and a half shards, three processes; one is killed while it fills a shard."""
     shards = Manifest.load(str(local / TRAIN)).shards
     limit = int(3.5 * max(shard.bytes for shard in shards))
     cache, go, stop = tmp_path / "cache", tmp_path / "go", tmp_path / "stop"
@@ -745,7 +746,7 @@ def test_processes_share_a_cache_and_one_is_killed(
                 assert [process.stdout.readline() for process in (one, other)] == 2 * ["ready\n"]
                 go.touch()
                 until(lambda: list(cache.glob("*.tar")))
-                assert inode(part) == abandoned  # it is the victim's while that lives
+                assert inode(part) == abandoned  # it belongs to the victim while that process lives
                 victim.kill()
                 victim.wait()
                 until(lambda: inode(part) != abandoned)
@@ -785,7 +786,7 @@ PACK = """
 
 
 def same_files(bucket: str, local: Path) -> bool:
-    """Whether a bucket has the local set's files, and but for records of the work, their bytes."""
+    """Whether a bucket has the local set's files, equal in bytes except for records of the work."""
     fs = fsspec.filesystem("s3")
     fs.invalidate_cache()
     prefix = f"{bucket.removeprefix('s3://')}/"
@@ -808,7 +809,7 @@ def test_packing_to_s3_is_killed_and_repeated(
     tmp_path: Path,
     name: str,
 ) -> None:
-    """The upload of one object hangs, and then the packer is killed; doing it again completes."""
+    """The upload of one object hangs, and the packer is killed; a rerun completes the set."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     hang = Fault(kind="latency", seconds=1000)
     setting = [json.dumps(dataclasses.asdict(document)) for document in (LABELS, OPTIONS)]

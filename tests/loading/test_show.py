@@ -1,4 +1,4 @@
-"""`rft.data.show` tells what a step reads, without the run."""
+"""`rft.data.show` prints the samples of a step, without the run."""
 
 import io
 import json
@@ -69,7 +69,7 @@ NAMES = ["[/red]", "[bold]x", ":wave:", "[link=http://x]y[/link]"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_shown_as_they_are(run, tiny_data, tmp_path, monkeypatch, capsys, name):
-    """They come from a manifest and an index, and are no markup of rich's."""
+    """They come from a manifest and an index, and are not interpreted as rich markup."""
     data = tmp_path / "data"
     shutil.copytree(tiny_data / "imagenet-train", data / "imagenet-train")
     path = data / "imagenet-train" / "manifest.json"

@@ -1,7 +1,7 @@
-"""Batches go from shared memory to a GPU without a copy in between, and none is overwritten early.
+"""Batches go from shared memory to a GPU without an extra copy, and are never overwritten early.
 
-The GPU is simulated: what is queued on a stream runs as late as its order allows, or as early. So
-an order that is missing shows in the pixels, every time. tests/gpu has the same on a real one.
+The GPU is simulated: queued work of a stream runs as late as its order permits, or as early. So a
+missing ordering always shows in the pixels. tests/gpu repeats this on a real GPU.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ REFUSED = 2
 
 
 class Mark:
-    """A point in a stream's work, reached once all before it has run."""
+    """A point in a stream's work, reached after all earlier work has run."""
 
     def __init__(self, stream: "Stream") -> None:
         self.stream, self.reached = stream, False
 
 
 class Stream:
-    """Work in order; a Mark among it is waited for, unless it is the stream's own."""
+    """Work in order; a Mark in it is waited for, unless it is the stream's own."""
 
     def __init__(self, gpu: "Gpu", *, eager: bool) -> None:
         self.gpu, self.eager = gpu, eager
@@ -78,7 +78,7 @@ class Stream:
 
 
 class Event:
-    """As CUDA's: one that was never recorded holds nothing up."""
+    """Like CUDA's: an event that was never recorded does not block."""
 
     mark: Mark | None = None
 
@@ -95,7 +95,7 @@ class Event:
 
 
 class Gpu:
-    """Two streams, and what was asked of the driver."""
+    """Two streams, and the calls to the driver."""
 
     def __init__(self, *, copies_early: bool, computes_early: bool) -> None:
         self.streams: list[Stream] = []
@@ -129,7 +129,7 @@ class Gpu:
         return 0
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Take the place of torch.cuda, whose tensors now lie on the CPU."""
+        """Replaces torch.cuda, with tensors on the CPU."""
         cuda, copy, to, empty = torch.cuda, Tensor.copy_, Tensor.to, torch.empty
 
         def check(code: int) -> None:
@@ -180,7 +180,7 @@ def gpu(request, monkeypatch) -> Gpu:
 
 @pytest.fixture
 def late(monkeypatch) -> Gpu:
-    """A GPU on which nothing runs before it must."""
+    """A GPU on which everything runs as late as possible."""
     found = Gpu(copies_early=False, computes_early=False)
     found.stand_in(monkeypatch)
     return found
@@ -195,7 +195,7 @@ def batches(tiny_data) -> EvaluationBatches:
 
 
 def use(gpu: Gpu, batches: EvaluationBatches, workers: int) -> list[Tensor]:
-    """Every batch's images as the computing saw them, which keeps none of them any longer."""
+    """Every batch's images as the computation saw them, without keeping them alive."""
     seen: list[Tensor] = []
     for batch in read_batches(batches, range(len(batches)), workers=workers, device=CUDA):
         images_BCHW = batch.images_BCHW
@@ -216,7 +216,7 @@ def test_no_batch_is_overwritten_before_it_was_used(gpu, batches):
     ((address, size),) = gpu.registered
     assert size >= 2 * BATCH * 3 * 16 * 16
     assert gpu.unregistered == [address]
-    # labels only: images are copied nowhere on the host
+    # labels only: images are not copied on the host
     assert max(gpu.pinned) == 8 * BATCH
 
 
@@ -236,7 +236,7 @@ def test_a_batch_is_copied_while_the_one_before_it_is_computed_on(late, batches)
         _, copies = late.streams
         copies.synchronize()
         assert late.copied == number + 1
-        # its buffer was waited for, and not the work on the batch before
+        # its buffer was waited for, but not the work on the batch before
         assert done == list(range(number - 1))
         late.compute.submit(lambda number=number: done.append(number))
 
@@ -270,7 +270,7 @@ def test_memory_that_cannot_be_locked_is_copied_with_one_warning(gpu, batches, c
 
 
 def test_a_refused_pinned_buffer_is_one_warning(monkeypatch, capsys):
-    """For copies from the GPU: features that are kept need no pinned memory."""
+    """For copies from the GPU: kept features do not need pinned memory."""
     device._warn_that_copies_wait.cache_clear()
 
     def refuse(*_: object, **options: object) -> Tensor:

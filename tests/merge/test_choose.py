@@ -1,4 +1,4 @@
-"""The choice by held-out images: exact counts, ties by a rule, no test image read."""
+"""The choice by held-out images: exact counts, a rule for ties, no test images read."""
 
 import shutil
 import types
@@ -47,7 +47,7 @@ def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp
     held_out = ("--loader.held-out", HELD_OUT)
     zero_shot = train("zero-shot", "--optim.epochs", 0, *held_out)
     vanilla = train("vanilla", "--optim.lr", 0.01, *held_out)
-    # the training set is all that is there
+    # the training set is all that exists
     data = tmp_path / "data"
     shutil.copytree(tiny_data / "imagenet-train", data / "imagenet-train")
     capsys.readouterr()
@@ -66,7 +66,7 @@ def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp
     assert found.chosen == found.candidates[expected].path
     assert capsys.readouterr().out.splitlines()[-1] == f"chosen by held-out images: {found.chosen}"
     assert not (tmp_path / "wise-ft-0.5").exists()
-    # an average that was written in between is still one, also where it ties
+    # an average that was written in between still counts as one, also in a tie
     tiny.call(merge, "wise", zero_shot, vanilla, "--out", tmp_path / "wise-ft-0.5")
     tiny.call(choose, zero_shot, vanilla, "--data", data, *options, "--save", saved)
     assert choice.read(saved) == found
@@ -94,7 +94,7 @@ def test_the_same_choice_again_counts_nothing(train, tiny_data, tmp_path, capsys
     capsys.readouterr()
     tiny.call(choose, *runs, *command)
     assert capsys.readouterr().out == f"already chosen by held-out images: {known.chosen}\n"
-    # of other candidates, or of other weights, it is none of these
+    # it is not a choice among other candidates, or of other weights
     tiny.call(choose, *runs[::-1], *command)
     assert [one.path for one in choice.read(saved).candidates] == list(map(str, runs[::-1]))
     saved.write_text("not a choice")
@@ -125,11 +125,11 @@ def test_a_training_takes_the_chosen_settings(train, tiny_data, tmp_path):
     assert found.optim == chosen.optim
     assert found.precision == chosen.precision == "fp32"
     assert found.loader.held_out == HELD_OUT
-    # a seed, and what changes no result, are this command line's
+    # a seed, and options without effect on results, come from this command line
     assert (found.seed, found.loader.workers) == (3, 0)
     assert found.run == str(tmp_path / "again")
     assert parse([*line, "--like", str(saved)]).seed == 0
-    # what is named is changed
+    # the values that the choice names are changed
     assert parse([*line, f"--like={saved}", "--optim.lr", "0.5"]).optim.lr == 0.5
     with pytest.raises(ValueError, match="recipe is vanilla, and this run's is no-mask"):
         parse(["no-mask", *line[1:], "--like", str(saved)])

@@ -1,4 +1,4 @@
-"""The merge commands on real run folders: what they write, what they skip, what they refuse."""
+"""The merge commands on real run folders: output, skips and refusals."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ HELD_OUT = 40
 
 @pytest.fixture
 def merge(capsys):
-    """Run a merge in this process; return what it printed."""
+    """Run a merge in this process; return its output."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -44,7 +44,7 @@ def merge(capsys):
 
 @pytest.fixture
 def refused(refused):
-    """Run a merge that is a mistake; return its one line of complaint."""
+    """Run an invalid merge; return its one-line error."""
     return partial(refused, merge_command)
 
 
@@ -77,13 +77,13 @@ def trained(tmp_path_factory, tiny_data, tiny_clip) -> Path:
 
 @pytest.fixture
 def runs(trained, tmp_path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of them that a test may modify."""
     shutil.copytree(trained, tmp_path / "runs")
     return tmp_path / "runs"
 
 
 def shake(run: Path, copy: Path, seed: int, strength: float) -> Path:
-    """A run folder like another, with noise on its selected weights: one more soup ingredient."""
+    """A copy of a run folder with noise on its selected weights: one more soup ingredient."""
     shutil.copytree(run, copy)
     state, architecture, metadata, classes = load_state(run / SELECTED)
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +146,7 @@ def test_the_default_is_the_middle(runs, tmp_path, merge):
 
 def test_the_last_weights_of_the_end(runs, tmp_path, merge, refused):
     start, end, out = runs / "zero-shot", runs / "vanilla", tmp_path / "merged"
-    # the last model is rarely the selected one; here it surely is another
+    # the last model is rarely the selected one; here they surely differ
     shutil.copy(shake(end, tmp_path / "other", 1, 0.1) / SELECTED, end / LAST)
     forget_weights(end)
     merge("wise", start, end, "--alpha", 1, "--end-weights", "last", "--out", out)
@@ -154,7 +154,7 @@ def test_the_last_weights_of_the_end(runs, tmp_path, merge, refused):
     assert not same(state_of(out), state_of(end))
     assert config_of(out)["end_weights"] == "last"
     assert config_of(out)["merged_from"][1]["sha256"] == files.sha256_file(end / LAST)
-    assert "holds another merge" in refused("wise", start, end, "--alpha", 1, "--out", out)
+    assert "holds a different merge" in refused("wise", start, end, "--alpha", 1, "--out", out)
 
     (end / LAST).unlink()
     last = ("--end-weights", "last", "--out", tmp_path / "more")
@@ -170,7 +170,7 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
     shutil.copy(runs / "zero-shot" / SELECTED, start)
     shutil.copy(runs / "object-mask-single-fill" / SELECTED, own)
     printed = merge("wise", start, own, "--out", tmp_path / "merged")
-    # what the file itself says is not unknown
+    # the file's own metadata counts
     assert config_of(tmp_path / "merged")["recipe"] == "wise-object-mask-single-fill-0.5"
     assert config_of(tmp_path / "merged")["end_weights"] == "file"
     assert printed.endswith(
@@ -183,7 +183,7 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
 
 
 def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
-    # what rft.convert leaves: a run folder without training.json
+    # as left by rft.convert: a run folder without training.json
     end, out = runs / "vanilla", tmp_path / "merged"
     (end / "training.json").unlink()
     document = {"recipe": "theirs", "seed": 1, "imported_from": {"format": "theirs"}}
@@ -196,7 +196,7 @@ def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
     assert printed.endswith(
         "--data DATA\n  (DATA: folder or URL below which the packed sets lie)\n"
     )
-    assert "holds another model" in refused("wise", runs / "zero-shot", end, "--out", end)
+    assert "holds a different model" in refused("wise", runs / "zero-shot", end, "--out", end)
 
 
 def test_a_set_of_ones_own_is_evaluated_on_its_test_set(runs, tmp_path, merge):
@@ -253,7 +253,7 @@ def test_model_stock(runs, tmp_path, merge, capsys):
     printed = merge("model-stock", start, end, other, "--out", out)
     assert printed.startswith(f"already merged: {out}\n")
     assert everything(out) == before
-    # a header of its own, and images that any of them has seen
+    # with its own header, and the images seen by any ingredient
     assert (
         load_state(out / SELECTED)[2]["trained_on"] == load_state(end / SELECTED)[2]["trained_on"]
     )
@@ -269,7 +269,9 @@ def test_what_a_model_stock_cannot_take(runs, tmp_path, merge, refused):
     assert "are the same weights; START is the zero-shot model" in line
     assert "swap the two" in refused("model-stock", end, other, start, *out)
     merge("model-stock", start, end, other, *out)
-    assert "holds another merge: merged_from.1: " in refused("model-stock", start, other, end, *out)
+    assert "holds a different merge: merged_from.1: " in refused(
+        "model-stock", start, other, end, *out
+    )
 
 
 def test_the_tower_alone(runs, tmp_path, merge, refused):
@@ -420,7 +422,7 @@ def test_the_same_command_again_does_nothing(kind, runs, tmp_path, tiny_data, me
     merge(*command, "--out", tmp_path / "merged")
     before = everything(tmp_path / "merged")
     times = {path: Path(path).stat().st_mtime_ns for path in before}
-    # runs may move: weights are known by their hash
+    # runs may move: weights are identified by their hash
     runs.rename(tmp_path / "moved")
     command[1:3] = [tmp_path / "moved" / path.name for path in command[1:3]]
     monkeypatch.setattr(ingredients, "load_state", None)  # no weights are read either
@@ -442,7 +444,7 @@ def test_a_merge_whose_weights_nothing_vouches_for_is_warned_of(runs, tmp_path, 
     call(merge_command, *command)
     printed = capsys.readouterr()
     assert f"already merged: {out}" in printed.out
-    assert f"WARNING: {out}/provenance.json has no weights_sha256: whether" in printed.err
+    assert f"WARNING: {out}/provenance.json has no weights_sha256, so" in printed.err
 
 
 def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monkeypatch):
@@ -456,7 +458,7 @@ def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monk
         assert "No space left" in refused("wise", start, end, "--out", out)
     assert not (out / SELECTED).exists()
     assert not (out / "provenance.json").exists()
-    # nothing is in the way of another merge
+    # nothing prevents a later merge
     merge("wise", start, end, "--alpha", 0.7, "--out", out)
     (out / "provenance.json").unlink()
     assert "merged: " in merge("wise", start, end, "--alpha", 0.7, "--out", out)
@@ -471,8 +473,8 @@ def test_out_is_never_anothers(runs, tmp_path, merge, refused):
     merge("wise", start, end, "--out", out)
     before = everything(tmp_path)
     line = refused("wise", start, end, "--alpha", 0.7, "--out", out)
-    assert "holds another merge: alpha: 0.5 -> 0.7" in line
-    assert "another merge" in refused("uniform-soup", start, end, "--out", out)
+    assert "holds a different merge: alpha: 0.5 -> 0.7" in line
+    assert "a different merge" in refused("uniform-soup", start, end, "--out", out)
     line = refused("wise", start, runs / "object-mask-single-fill", "--out", out)
     assert "merged_from.1: " in line
     assert "is a run folder; with several" in refused(
@@ -481,7 +483,7 @@ def test_out_is_never_anothers(runs, tmp_path, merge, refused):
     for path in (start, end):
         assert "holds a training run" in refused("wise", start, end, "--out", path)
         assert "holds a training run" in refused("uniform-soup", start, end, "--out", path)
-    assert "is no run folder" in refused("wise", start, end, "--out", runs)
+    assert "not a run folder" in refused("wise", start, end, "--out", runs)
     assert "is a file" in refused("wise", start, end, "--out", end / "config.json")
     assert "must be a local folder" in refused("uniform-soup", start, end, "--out", "s3://b/x")
     assert everything(tmp_path) == before
@@ -492,7 +494,7 @@ def test_nothing_is_written_if_one_of_several_is_in_the_way(runs, tmp_path, merg
     more = shake(end, tmp_path / "more", 1, 0.1)
     merge("wise", start, end, "--alpha", 0.5, "--out", out / "wise-ft-0.5")
     line = refused("wise", start, more, "--alpha", 0.1, 0.5, "--out", out)
-    assert "wise-ft-0.5 holds another merge" in line
+    assert "wise-ft-0.5 holds a different merge" in line
     assert [path.name for path in out.iterdir()] == ["wise-ft-0.5"]
 
 
@@ -621,7 +623,7 @@ def test_other_data_than_the_runs_were_trained_on(runs, tmp_path, tiny_data, ref
     assert f"{one} was trained on other data than" in refused("greedy-soup", one, two, *rest)
     for run in (one, two):
         record = {"steps": 3, "best_step": 3, "world_size": 1}
-        (run / "training.json").write_text(json.dumps(record))  # as before the hash was kept
+        (run / "training.json").write_text(json.dumps(record))  # as before the hash was recorded
     more = {"classes": [*manifest["classes"], "fifth"], "class_ids": [*manifest["class_ids"], "5"]}
     path.write_text(json.dumps({**manifest, **more}))
     line = refused("greedy-soup", one, two, *rest)

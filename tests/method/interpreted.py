@@ -1,7 +1,7 @@
-"""Compare the CAM's Triton kernel with the CAM that is written out, in Triton's interpreter.
+"""Compare the CAM's Triton kernel with the explicit CAM, in Triton's interpreter.
 
-A program of its own, with TRITON_INTERPRET=1: Triton reads that when it is imported. Prints the
-largest difference of each case, as a share of the largest number.
+A separate program with TRITON_INTERPRET=1, which Triton reads at import. Prints the largest
+difference of each case, as a share of the largest number.
 """
 
 import json
@@ -11,8 +11,8 @@ import torch
 from rft.method import relevance
 from rft.method.relevance_kernel import through_tiles
 
-# images, heads, tokens, head width: tokens below, at and over one tile's and many tiles' number,
-# widths that are no power of two, or below the smallest that a product takes
+# images, heads, tokens, head width: tokens fewer than, equal to and more than one or many tiles,
+# widths that are not a power of two, or below the minimum of a product
 CASES = [(3, 2, 17, 16), (2, 3, 50, 64), (1, 2, 64, 8), (2, 2, 65, 24), (1, 2, 197, 80)]
 
 

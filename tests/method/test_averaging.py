@@ -1,4 +1,4 @@
-"""Averages of weights, against definitions written out one number at a time."""
+"""Averages of weights, compared with definitions computed number by number."""
 
 from fractions import Fraction
 
@@ -113,7 +113,7 @@ def test_the_order_does_not_matter_but_for_rounding(states, random):
 
 
 def test_a_sum_in_fp32_would_lose_what_the_soup_keeps():
-    # 2^24 + 1 is no fp32 number: a running fp32 sum never leaves 2^24
+    # 2^24 + 1 is not an fp32 number: a running fp32 sum never leaves 2^24
     states = [{"w": torch.tensor([2.0**24])}, *[{"w": torch.tensor([1.0])}] * 1023]
     assert uniform_soup(states)["w"].item() == np.float32((2**24 + 1023) / 1024)
 
@@ -131,7 +131,7 @@ def test_models_are_taken_one_after_the_other():
         for state in load():
             assert len(alive) == 1
             yield state
-            state["w"].fill_(torch.nan)  # what was added is not looked at again
+            state["w"].fill_(torch.nan)  # earlier models are not read again
 
     assert uniform_soup(watched())["w"].tolist() == [2, 2, 2]
 
@@ -148,7 +148,7 @@ def test_the_inputs_stay_and_the_type_too():
 
 
 def score_by(target: float):
-    """Count as accuracy does, in whole numbers: how near is the mean of all weights to `target`."""
+    """Count like accuracy, in whole numbers: how near the mean of all weights is to `target`."""
     return lambda state: -round(abs(sum(numbers(state)) - target) * 8)
 
 
@@ -167,7 +167,7 @@ def textbook(states, score) -> tuple[list[float], list[int]]:
     return exact_mean([states[m] for m in kept]), kept
 
 
-# whole numbers, so that no mean is rounded another way than its fraction is
+# whole numbers, so that every mean rounds like its fraction
 WHOLE = st.lists(st.lists(st.integers(-8, 8), min_size=8, max_size=8), min_size=1, max_size=6)
 
 
@@ -191,7 +191,7 @@ def test_greedy_is_the_textbook_recipe(rows, target):
     assert [step.model for step in steps if step.kept] == kept
     assert numbers(soup) == expected
     assert sorted(loaded) == list(range(len(states)))
-    # what is kept is exactly the uniform soup of what was kept
+    # the result is exactly the uniform soup of the kept models
     assert bits(soup) == bits(uniform_soup(states[n] for n in kept))
 
 
@@ -204,7 +204,7 @@ def test_greedy_never_scores_below_its_best_ingredient(states, target):
     assert max(step.score for step in steps) >= max(alone)
     if sum(step.kept for step in steps) > 1:
         assert score(soup) == max(step.score for step in steps) > max(alone)
-    # a model that is kept raised the score, one that is left out did not
+    # a kept model raised the score, a rejected one did not
     best = -float("inf")
     for step in steps:
         assert step.kept == (step.score > best)
@@ -236,7 +236,7 @@ def test_a_candidate_is_the_mean_of_the_kept_and_the_new():
     assert soup["w"].item() == pytest.approx(104 / 3)
 
 
-# models that are not alike
+# models that differ
 
 
 def test_unlike_models_are_refused():
@@ -287,7 +287,7 @@ def test_model_stock_equals_its_definition(count):
         assert found[name].shape == shape
         assert found[name].dtype == torch.float32
         assert found[name].flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
-    # both kinds occur: tensors that are moved, and less than all the way
+    # both kinds occur: tensors that move, and those that move less than all the way
     assert 0 < ratios["visual.w"] < 1
 
 
@@ -299,7 +299,7 @@ def test_model_stock_of_equal_models_is_their_mean_and_of_opposite_ones_the_star
     found, ratios = model_stock(start, models)
     assert ratios == {"same": pytest.approx(1), "against": 0, "still": 0}
     assert found["same"].tolist() == pytest.approx([1.5, 3])
-    # a negative cosine would lead to the far side of the start
+    # a negative cosine would lead to the opposite side of the start
     assert found["against"].tolist() == [1, 1]
     assert torch.equal(found["still"], start["still"])
 

@@ -1,4 +1,4 @@
-"""What chance decides of a batch's counterfactuals: addressed, and the same however it is cut."""
+"""Random choices for a batch's counterfactuals: addressed, and independent of the split."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_every_part_of_an_address_counts():
     for name, value in here.items():
         seeds.append(StepAddress(**{**here, name: value + 5}).generator("mask").initial_seed())
     assert len(set(seeds)) == 6
-    # the names of the parts do not: (step 2, rank 3) is not (step 3, rank 2)
+    # unlike the part names: (step 2, rank 3) is not (step 3, rank 2)
     seeds.append(StepAddress(seed=1, step=3, rank=2, micro=4).generator("mask").initial_seed())
     assert len(set(seeds)) == 7
 
@@ -77,13 +77,13 @@ def test_donors_with_replacement_and_unlike_ones_are_drawn_for_each_image(fill):
         again = replace(method, single_fill="replacement")
         source = draw(again, range(pool), 16, pool, ADDRESS).source_BP
         assert source.shape == (pool, 1)
-        # never the image itself, and some image for two of the forty: no permutation
+        # never the image itself, and some image for two of the forty: not a permutation
         assert (source != torch.arange(pool)[:, None]).all()
         assert len(source.unique()) < pool
     unlike = replace(method, donor_choice="unlike")
     rank = draw(unlike, range(pool), 16, pool, ADDRESS).source_BP
     assert rank.shape == (pool, columns)
-    # of the half of 39 others; a part of the pool has its own part of the draws
+    # from the half of 39 others; a part of the pool has its own part of the draws
     assert 0 <= rank.min() <= rank.max() < 19
     part = draw(unlike, range(10, 20), 16, pool, ADDRESS)
     assert torch.equal(part.source_BP, rank[10:20])

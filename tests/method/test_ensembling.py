@@ -1,4 +1,4 @@
-"""Ensembles, against definitions written out one image at a time."""
+"""Ensembles, compared with definitions computed image by image."""
 
 import pytest
 import torch

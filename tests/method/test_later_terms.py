@@ -1,4 +1,4 @@
-"""Terms of methods after the paper equal their formulas: text by text, image by image."""
+"""Terms of methods after the paper equal their formulas, text by text and image by image."""
 
 import torch
 
@@ -13,7 +13,7 @@ def features(seed: int, rows: int = 6) -> torch.Tensor:
 
 
 def close(fast: torch.Tensor, slow: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-    """Values and gradients are equal to 1e-5 of the largest."""
+    """Values and gradients agree to 1e-5 of the largest."""
     assert (fast - slow).abs() <= 1e-5 * slow.abs()
     ours, theirs = (torch.autograd.grad(loss, inputs) for loss in (fast, slow))
     for one, two in zip(ours, theirs, strict=True):
@@ -29,7 +29,7 @@ def test_the_divergence_of_contexts_is_its_sum():
 
 
 def test_the_divergence_of_contexts_is_from_the_pretrained_model():
-    # KL(p0 || p) is large where p misses what p0 has, not where p has what p0 misses
+    # KL(p0 || p) is large where p lacks mass of p0, not where p0 lacks mass of p
     contexts = 20 * torch.eye(3)
     one, both = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1, 0]])
     misses = losses.context_divergence(one, both, contexts)
@@ -101,9 +101,9 @@ def test_templates_are_drawn_evenly_and_anew():
     # 2,000 expected of each, with a standard deviation of 44
     assert counts.min() > 1780
     assert counts.max() < 2220
-    # the same one again by chance alone
+    # the same one again only by chance
     assert abs((first == second).float().mean() - 1 / 80) < 0.003
-    # nor do neighbours have the same
+    # nor are neighbours equal
     assert abs((first[1:] == first[:-1]).float().mean() - 1 / 80) < 0.003
 
 

@@ -1,4 +1,4 @@
-"""Masks and fills obey their definitions for every shape."""
+"""Masks and fills satisfy their definitions for every shape."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_multi_fill_is_uniform_over_the_others():
 
 @given(seeds, st.integers(2, 5), st.integers(0, 2))
 def test_filling_patches_equals_filling_pixels(seed, batch, first):
-    # the last images of a larger pool, as a rank sees its part of a global batch
+    # the last images of a larger pool, like a rank's part of a global batch
     grid, patch, pool = 3, 2, batch + first
     images = torch.rand(pool, 3, grid * patch, grid * patch, generator=generator(seed))
     mask = random_mask(seed, batch, grid * grid)

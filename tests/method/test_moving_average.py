@@ -1,4 +1,4 @@
-"""Moving teachers are the averages that they are named for."""
+"""Moving teachers are the averages after which they are named."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ STEPS = 40
 
 
 def walk() -> list[torch.Tensor]:
-    """The weights of a run, before its first step and after each."""
+    """The weights of a run, before its first step and after each step."""
     generator = torch.Generator().manual_seed(3)
     return list(torch.randn(STEPS + 1, 7, generator=generator).cumsum(dim=0))
 
@@ -29,7 +29,7 @@ def test_the_weighted_teacher_is_the_weighted_mean_of_the_run():
     found = teacher_after(MethodConfig(teacher="wma"), weights)
     torch.testing.assert_close(found, later.weighted_mean(weights), rtol=1e-5, atol=1e-5)
     plain = torch.stack(weights).mean(dim=0)
-    # it is no plain mean: the ends count more
+    # it is not a plain mean: the ends count more
     assert (found - plain).abs().max() > 0.1
 
 

@@ -73,7 +73,7 @@ def test_equals_the_textbook_where_patches_differ(images_BCHW, labels_B, kind):
     assert (fast >= 0).all()
     if kind == "grad_cam":
         assert (fast == 0).any(), "a patch below zero, which counts as zero"
-    # the least relevant patch has little of what the most relevant one has
+    # the least relevant patch has little of the relevance of the most relevant one
     assert (relevance.normalise(fast).amin(dim=1) < 0.6).all()
 
 

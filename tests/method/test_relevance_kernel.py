@@ -1,4 +1,4 @@
-"""The CAM's Triton kernel computes the CAM that is written out, and GPUs' compilers take it."""
+"""The CAM's Triton kernel equals the explicit CAM, and GPU compilers accept it."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""Stops a process that packs just before a step that it takes on disk, to kill it exactly there.
+"""Stops a packing process just before a given step on disk, to kill it exactly there.
 
-Python reports what a process does with files to audit hooks, before it is done: so every step of
-the real code is seen in the real process, and none of it has to be patched.
+Python reports file operations to audit hooks before they happen. So every step of the real code is
+seen in the real process, without patching.
 """
 
 import os
@@ -39,15 +39,15 @@ def watch(below: tuple[str, ...], tool: str, seen: Callable[[str], None]) -> Non
 
 
 def is_forked() -> bool:
-    """Whether this process is a fork server or comes from one."""
+    """Whether this process is a fork server or was forked from one."""
     return any("multiprocessing.forkserver" in word for word in sys.orig_argv)
 
 
 def pack_watched(
     link: Connection, below: tuple[str, ...], step: str | None, arguments: tuple
 ) -> None:
-    """Pack; send the steps' names, or halt before `step` for ever, once that was sent."""
-    from rft.packing.pack import pack  # not where every process of a packing imports this module
+    """Pack; send the names of the steps, or halt before `step` for ever after sending that."""
+    from rft.packing.pack import pack  # every process of a packing imports this file
 
     def seen(found: str) -> None:
         if step is None:
@@ -62,7 +62,7 @@ def pack_watched(
 
 
 def halt(below: tuple[str, ...], tool: str, step: str, gate: str) -> None:
-    """Before `step`, print that this process halts; it goes on when the FIFO `gate` has a writer.
+    """Before `step`, print that this process halts; it continues when the FIFO `gate` has a writer.
 
     To be called from a sitecustomize, which is how it reaches every process of a command.
     """

@@ -1,8 +1,8 @@
-"""Other projects' readers on our shards: python -m tests.packing.peer_readers PEER OUT FOLDER...
+"""Third-party readers on our shards: python -m tests.packing.peer_readers PEER OUT FOLDER...
 
-Each child process writes what it was given, in order, to OUT/<number of the folder>.npz: labels and
-images (uint8, 3 x SIZE x SIZE) as the peer's own code delivers them. Run by test_peers.py, with the
-peer's versions of its dependencies first on the path.
+Each child process writes the samples it received, in order, to OUT/<number of the folder>.npz:
+labels and images (uint8, 3 x SIZE x SIZE) as the peer's own code delivers them. Run by
+test_peers.py, with the peer's versions of its dependencies first on the path.
 """
 
 import sys
@@ -27,7 +27,7 @@ def read_webdataset(folder: Path) -> Iterator[Pair]:
     data = data.to_tuple("jpg;png;webp;npy", "cls", "json")
     for image, label, description in webdataset.WebLoader(data, batch_size=None, num_workers=2):
         assert description["path"].startswith("n0")
-        # the loader makes tensors of arrays
+        # the loader converts arrays to tensors
         yield label, as_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
 
 

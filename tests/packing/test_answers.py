@@ -1,4 +1,4 @@
-"""Whatever a server answers, what is read is right or an error with URL, reason and advice."""
+"""Whatever a server answers, the result is correct or an error with URL, reason and advice."""
 
 import re
 import socket
@@ -64,7 +64,7 @@ def quick_and_slow(*modes: str) -> list:
 
 @pytest.fixture(autouse=True)
 def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    # a busy machine may be slow; a silent server is given up at once
+    # a busy machine may be slow; a silent server is not waited for
     silent = "silent" in request.node.name
     monkeypatch.setattr(
         remote,
@@ -75,7 +75,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def served(tmp_path: Path) -> Path:
-    """A folder with two shards, and nothing beside."""
+    """A folder with two shards and no other file."""
     folder = tmp_path / "served"
     for shard in range(2):
         members = [m for n in range(3) for m in plain(f"k{shard}{n}", n, 3 * shard + n)]
@@ -171,7 +171,7 @@ def test_files_beside_are_read(
 @pytest.mark.parametrize("name", BESIDE)
 @pytest.mark.parametrize("mode", quick_and_slow(*FILE_FAILS))
 def test_only_not_found_means_absent(served: Path, tmp_path: Path, mode: str, name: str) -> None:
-    """No other answer is taken for "there is no such file"; an option passes over the file."""
+    """No other answer counts as "no such file"; an option skips the file."""
     (served / name).write_text(BESIDE[name])
     with odd_server(served, mode, name) as server:
         reason = FILE_FAILS[mode] + ".*; if no such file exists, pass --skip-beside"
@@ -237,7 +237,7 @@ def test_a_long_file_comes_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_folders_that_may_not_be_entered(tmp_path: Path, monkeypatch) -> None:
-    """The local file system too has answers that do not mean "absent"."""
+    """The local file system also has errors that do not mean "absent"."""
 
     def stat(self: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
@@ -254,7 +254,7 @@ def test_folders_that_may_not_be_entered(tmp_path: Path, monkeypatch) -> None:
 def test_s3_says_why(
     store: ObjectStore, bucket: str, indexed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A missing key is absent where the bucket may be listed; else it cannot be told from 403."""
+    """A missing key is absent if the bucket may be listed; otherwise it looks like 403."""
     assert files.find_bytes(f"{bucket}/absent.txt") is None
     assert not files.exists(f"{bucket}/absent.txt")
     with files.publish(f"{bucket}/there.txt") as path:

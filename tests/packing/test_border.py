@@ -1,4 +1,4 @@
-"""ObjectNet's red frame is cut off exactly once, in every encoding."""
+"""ObjectNet's red frame is removed exactly once, in every encoding."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ MAPPINGS = {
 
 
 def inside() -> np.ndarray:
-    """What is within the frame: exactly the model's size, so that nothing is resized."""
+    """The area within the frame: exactly the model's size, so nothing is resized."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     return np.stack([0 * rows, 10 * rows, 10 * columns], axis=2).astype(np.uint8)
 
@@ -47,5 +47,5 @@ def test_the_frame_is_cut_once(source, tmp_path, encoding, tolerance):
     pack("objectnet", str(source), str(out), LABELS, Options(encoding=encoding, size=SIDE))
     found = PackedDataset(str(out / "objectnet")).image(0, SIDE)
     difference = np.abs(found.astype(int) - inside().transpose(2, 0, 1).astype(int))
-    # a frame cut twice would move the first row by two, which is 20 grey levels
+    # removing a frame twice would move the first row by two, which is 20 grey levels
     assert difference.max() <= tolerance

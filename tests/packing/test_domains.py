@@ -1,4 +1,4 @@
-"""Sets whose images lie in domains, in folders or named by a table: packed right, or refused."""
+"""Sets with domains, in folders or named by a table: packed correctly, or refused."""
 
 import csv
 import json
@@ -96,7 +96,7 @@ def test_bytes_are_the_same_for_any_number_of_workers(corrupted, tmp_path):
     for name in ("samples.npz", "index.npz", "manifest.json"):
         one, two = ((tmp_path / str(n) / "imagenet-c" / name).read_bytes() for n in (1, 2))
         assert one == two
-    # the hashes are of the images, whatever they are encoded as
+    # the hashes are of the images, in every encoding
     packed(tmp_path / "original", source)
     pixels, originals = (
         Samples.load(url, Manifest.load(url))
@@ -136,7 +136,7 @@ def test_one_level_and_none(corrupted, tmp_path):
     assert shallow.notes == []
     plain = read_domains("own", corrupted / "fog" / "1", 0, None)
     assert plain.source.domains == ()
-    # called as their folders, because not all of them are ImageNet's
+    # named as their folders, because not all of them are ImageNet's
     assert plain.labels.ids == LABELS.ids
     with pytest.raises(ValueError, match="is not in a class folder"):
         read_domains("own", corrupted, 4, None)
@@ -195,7 +195,7 @@ TABLE = {"file": "images/{filename}", "domain": "{location_remapped}", "split": 
 
 @pytest.fixture
 def wilds(tmp_path) -> Path:
-    """A set of the form of iWildCam: files, and a table of them."""
+    """A set like iWildCam: files, and a table of them."""
     for number, name in enumerate(("a.jpg", "b.jpg", "c.jpg", "deep/d.jpg")):
         write_image(tmp_path / "images" / name, number)
     write_table(tmp_path, HEADER, ROWS)
@@ -244,7 +244,7 @@ def test_the_label_space_may_be_given(wilds):
 
 
 def test_files_may_be_named_by_the_number_of_their_row(tmp_path):
-    """As FMoW's are, whose labels are texts."""
+    """Like FMoW's, whose labels are texts."""
     rows = [["test", "airport", "FRA"], ["train", "zoo", "FRA"], ["test", "zoo", "DEU"]]
     for number in range(3):
         write_image(tmp_path / f"images/rgb_img_{number}.jpg", number)
@@ -324,7 +324,7 @@ def test_files_that_are_no_table(wilds, data, message):
 
 
 def test_tables_of_spreadsheets_are_read(wilds):
-    """They begin with a mark, end lines as Windows does, and may have empty ones."""
+    """They begin with a byte order mark, have Windows line ends, and may have empty lines."""
     text = (wilds / "metadata.csv").read_text()
     (wilds / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
     assert len(read(wilds).source.items) == 3
@@ -347,7 +347,7 @@ def test_a_set_of_an_older_version_stays_as_it_is(corrupted, tmp_path):
     assert pack_source(plain, str(tmp_path), LABELS, OPTIONS)
     assert Manifest.load(str(folder)) == older
     assert not (folder / "samples.npz").exists()
-    # one that an older version began is completed with hashes: its shards are written again
+    # one started by an older version is completed with hashes: its shards are rewritten
     (folder / "manifest.json").unlink()
     shards = {path: path.read_bytes() for path in folder.glob("*.tar")}
     assert pack_source(plain, str(tmp_path), LABELS, OPTIONS)

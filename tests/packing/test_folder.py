@@ -1,4 +1,4 @@
-"""Own photos: what is found, how the test set is chosen, and that packing works."""
+"""Own photos: which files are found, how the test set is chosen, and that packing works."""
 
 import importlib.util
 import io
@@ -148,7 +148,7 @@ def test_mistakes(photos: Path, mistake: str) -> None:
 
 
 def test_all_that_cannot_be_used_is_one_error(photos: Path) -> None:
-    """With the patterns that pass it over, also where a name holds letters of a pattern."""
+    """With the patterns that exclude it, also if a name contains characters of a pattern."""
     for name in ("dog/a.HEIC", "tabby_cat/b.mov", "heic only/c.HEIC", "dog/read [me]"):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).touch()
@@ -163,7 +163,7 @@ def test_all_that_cannot_be_used_is_one_error(photos: Path) -> None:
 
 
 def test_headers_are_read_where_asked(photos: Path) -> None:
-    """An empty file and a damaged header; what fails in decoding alone is left to packing."""
+    """An empty file and a damaged header; what only fails in decoding is left to packing."""
     cat = sorted(path for path in (photos / "tabby_cat").rglob("*") if path.is_file())
     cat[0].write_bytes(b"")
     cat[1].write_bytes(cat[1].read_bytes()[:20])
@@ -182,7 +182,7 @@ def test_headers_are_read_where_asked(photos: Path) -> None:
 
 
 def test_a_header_longer_than_the_first_bytes_is_read(photos: Path) -> None:
-    """A phone's JPEG may have a preview before it: the size lies behind it."""
+    """A phone's JPEG may have a preview before its size."""
     path = photos / "dog" / "long.jpg"
     segment = b"\xff\xe2" + (2**16 - 1).to_bytes(2) + bytes(2**16 - 3)
     stream = io.BytesIO()
@@ -225,12 +225,12 @@ def test_choice(names: list[str], share: float, seed: int, random) -> None:
     assert abs(len(held) - share * len(names)) <= 1
     assert held <= set(names)
     assert choose_test(random.sample(names, len(names)), share, seed) == held
-    # a larger share takes more of the same
+    # a larger share takes a superset
     assert held <= choose_test(names, min(share + 0.1, 0.99), seed)
 
 
 def test_choice_is_frozen() -> None:
-    """A test set must not change sides with a version of rft."""
+    """A version of rft must not move images between the sets."""
     names = [f"dog/{n}.jpg" for n in range(10)]
     assert sorted(choose_test(names, 0.3, 0)) == ["dog/1.jpg", "dog/3.jpg", "dog/9.jpg"]
 
@@ -242,7 +242,7 @@ def test_the_same_image_on_two_sides(photos: Path) -> None:
     assert same_bytes(read_folder(root, None, 0.2, 0).sources) == ([], [])
     train, test = root / "train" / "dog", root / "test" / "dog"
     shutil.copy(train / "IMG 0.png", test / "copy.png")
-    # twice in one class of one set: worth nothing, and no fault of the test
+    # twice in one class of one set: useless, but no fault of the test
     shutil.copy(train / "IMG 1.png", train / "own copy.png")
     same = same_bytes(read_folder(root, None, 0.2, 0).sources)
     assert same == ([], [(str(train / "IMG 0.png"), str(test / "copy.png"))])
@@ -294,7 +294,7 @@ def test_command(photos: Path, tmp_path: Path, run) -> None:
     assert "prompts: 1, such as 'a photo of a {c}.'" in said
     assert "warning" not in said
     first, second = said.splitlines()[-3:-1]
-    # the numbers are the training's to find: nothing to copy, nothing to go stale
+    # the training derives its numbers: nothing to copy, nothing to become stale
     assert first.endswith(f"--data {out} --train-set train --scale small --run-dir runs/first")
     assert second.endswith(f"rft.evaluate runs/first --data {out} --sets test")
     seen = []

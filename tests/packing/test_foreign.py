@@ -1,4 +1,4 @@
-"""Third-party shards: each layout is read as it is, and each kind of bad shard is named."""
+"""Third-party shards: each layout is read unchanged, and each kind of bad shard is named."""
 
 import bz2
 import gzip
@@ -104,7 +104,7 @@ def write_clip_benchmark(
 
 
 def check(out: str, patterns: Sequence[str]) -> tuple[Manifest, Index, PackedDataset]:
-    """Hold index and loader against what webdataset reads from the same shards."""
+    """Compare index and loader with webdataset's reading of the same shards."""
     data = PackedDataset(out)
     border = data.manifest.encoding["crop_border"]
     urls = [url for pattern in patterns for url in webdataset.shardlists.expand_urls(pattern)]
@@ -165,7 +165,7 @@ def test_clip_benchmark_layout_with_global_labels(tmp_path: Path) -> None:
     index_shards([pattern], out, IMAGENET, copy_of("imagenet-v2", 5))
     manifest, index, _ = check(out, [pattern])
     assert index.label.tolist() == labels
-    # shards lie elsewhere: whole names
+    # shards are in a different folder: full names
     assert manifest.shards[0].name == str(tmp_path / "wds_imagenetv2" / "test" / "0.tar")
 
 
@@ -224,7 +224,7 @@ def test_objectnet(tmp_path: Path) -> None:
     assert manifest.encoding == {"kind": "original", "crop_border": 2}
     assert manifest.groups == tuple(groups.values())
     assert manifest.class_to_group()[index.label].tolist() == local
-    # a frame that was cut before needs no cutting
+    # a frame that was removed before stays as it is
     options = copy_of("objectnet", 3, mappings=str(MAPPINGS), crop_border=0)
     manifest = index_shards([pattern], str(tmp_path / "cut"), IMAGENET, options)
     assert manifest.encoding["crop_border"] == 0
@@ -339,7 +339,7 @@ NUMBERS: dict[str, tuple[LabelSpace, list, bool, str | None, list[int] | str]] =
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_labels_that_look_like_positions(tmp_path: Path, kind: str) -> None:
-    """A text that is an id is that id; what may be two classes is refused; verify agrees."""
+    """A text that is an id is that id; ambiguous ones are refused; verify agrees."""
     labels, values, is_json, labels_are, expected = NUMBERS[kind]
     members = []
     for n, value in enumerate(values):
@@ -377,7 +377,7 @@ def test_positions_in_a_local_list_may_be_ids_too(tmp_path: Path) -> None:
 def test_verify_reads_labels_of_other_versions_as_they_did(
     tmp_path: Path, monkeypatch, version: str
 ) -> None:
-    """An id that is a number is no position, as it is in a packer's own shards."""
+    """An id that is a number is not a position, just like in a packer's own shards."""
     members = [("k0.jpg", picture(0)), ("k0.json", b'{"y": "10"}')]
     url = write_tar(tmp_path / "0.tar", members)
     monkeypatch.setattr("rft.packing.foreign.index.ALGORITHM", version)
@@ -387,7 +387,7 @@ def test_verify_reads_labels_of_other_versions_as_they_did(
 
 
 def test_verify_reads_labels_as_the_index_did(tmp_path: Path) -> None:
-    """A wrong class for a text that is an id is found, and an older manifest has no ids."""
+    """A wrong class for a text that is an id is found; an older manifest has no ids."""
     members = [("k0.jpg", picture(0)), ("k0.json", b'{"y": "10"}')]
     url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
     index_shards([url], out, NUMBERED, Options(label_field="y"))
@@ -523,7 +523,7 @@ def test_remote_shards_and_remote_index(tmp_path: Path) -> None:
 
 
 def test_web_server_that_drops_connections(tmp_path: Path) -> None:
-    """As CLIP_benchmark's sets on the Hugging Face hub: text files beside, shards by HTTP."""
+    """Like CLIP_benchmark's sets on the Hugging Face hub: text files beside, shards over HTTP."""
     write_clip_benchmark(tmp_path / "wds", list(range(3)) * 4, LABELS.names, "jpg")
     out = str(tmp_path / "set")
     with (
@@ -574,14 +574,14 @@ def test_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
     ):
         index_shards([str(tmp_path / "set" / "0.tar")], out, LABELS, Options())
     assert snapshot(tmp_path) == before
-    # a damaged index is written again
+    # a damaged index is rewritten
     (tmp_path / "set" / "index.npz").write_bytes(b"damaged")
     index_shards([pattern], out, LABELS, Options())
     assert (tmp_path / "set" / "index.npz").read_bytes() == before["set/index.npz"][0]
 
 
 def test_a_rerun_reads_an_index_of_any_size_that_is_allowed(tmp_path: Path, monkeypatch) -> None:
-    """ImageNet-21k's has 500 MB; a document of JSON has at most 64 MiB."""
+    """ImageNet-21k's has 500 MB; a JSON document has at most 64 MiB."""
     url, out = write_tar(tmp_path / "0.tar", plain("a", 0)), str(tmp_path)
     expected = index_shards([url], out, LABELS, Options())
     before = snapshot(tmp_path)
@@ -658,7 +658,7 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
 
 
 def test_images_that_other_loaders_show_as_stored(tmp_path: Path, capsys) -> None:
-    """Counted and left as they are: EXIF orientations and transparency."""
+    """EXIF orientations and transparency are counted and unchanged."""
     exif = Image.Exif()
     exif[0x0112] = 8
     grey = Image.new("L", (20, 30))
@@ -833,7 +833,7 @@ def test_a_file_may_be_called_like_a_pattern(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["jpg", "cls"])
 def test_members_apart_are_named_as_that(tmp_path: Path, first: str) -> None:
-    """All images and then all labels, or the other way: not "no label" or "no image"."""
+    """All images and then all labels, or the reverse: not "no label" or "no image"."""
     members = plain("a", 0) + plain("b", 1, 1)
     members.sort(key=lambda member: (not member[0].endswith(first), member[0]))
     url = write_tar(tmp_path / "0.tar", members)
@@ -932,7 +932,7 @@ def words(*names: str) -> LabelSpace:
 def test_a_list_beside_some_shards_says_nothing_of_others(
     tmp_path: Path, order: tuple[str | None, ...]
 ) -> None:
-    """A folder without classnames.txt may count other classes, so an option has to decide."""
+    """A folder without classnames.txt may count other classes, so an option must decide."""
     labels = words("apple", "bread", "cake", "dates")
     top = f"memory://wds-{uuid.uuid4().hex}"
     urls = []
@@ -953,7 +953,7 @@ def test_a_list_beside_some_shards_says_nothing_of_others(
             out = str(tmp_path / f"out{expected}")
             index_shards(urls, out, labels, given)
             assert PackedDataset(out).index.label.tolist() == [expected] * 2
-        # the label space's own list changes no meaning
+        # the label space's own list changes nothing
         files.write_bytes(names, "\n".join(labels.names).encode())
         index_shards(urls, str(tmp_path / "out"), labels, Options())
         assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 0]
@@ -985,7 +985,7 @@ LISTS: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("kind", LISTS)
 def test_labels_count_the_lines_of_a_list(tmp_path: Path, kind: str, given: bool) -> None:
-    """No line is dropped and none is made two: the classes after it would be others."""
+    """No line is dropped or split: later classes would shift."""
     text, expected = LISTS[kind]
     url = write_tar(tmp_path / "wds" / "0.tar", plain("k", 2))
     path = tmp_path / ("names.txt" if given else "wds/classnames.txt")
@@ -1019,7 +1019,7 @@ def test_names_that_differ_in_symbols_or_marks_are_not_taken_for_each_other(
     with pytest.raises(ValueError, match="at index 0, the label space at index 1"):
         index_shards([pattern], str(tmp_path / "out"), words(*known), Options())
     shorter = local_labels(listed[:2], "names.txt", words(*known), None)
-    assert shorter == (1, 0)  # each is a class's name as it stands
+    assert shorter == (1, 0)  # each is a class's exact name
 
 
 @pytest.mark.parametrize(
@@ -1059,7 +1059,7 @@ def test_a_loose_match_must_be_the_only_one(tmp_path: Path) -> None:
 
 def test_imagenets_names_in_small_letters_are_its_own_order(tmp_path: Path) -> None:
     listed = [name.lower().replace(" ", "_") for name in IMAGENET.names]
-    listed[0] = f"\ufeff{listed[0]}"  # as some editors begin a file
+    listed[0] = f"\ufeff{listed[0]}"  # as written by some editors
     pattern = write_clip_benchmark(tmp_path / "wds", [657, 744], listed)
     options = copy_of("imagenet-val", 2)
     index_shards([pattern], str(tmp_path / "imagenet-val"), IMAGENET, options)
@@ -1088,12 +1088,12 @@ def test_symbols_marks_and_words_stay_in_a_loose_form(name: str) -> None:
     separators = str.maketrans("", "", " _-.,'/()")
     left = unicodedata.normalize("NFC", name.casefold().translate(separators))
     form = unicodedata.normalize("NFC", loose_form(name).translate(separators))
-    # a mark after a separator joins what stands before it once the separator is gone
+    # a mark after a separator combines with the preceding letter once the separator is gone
     assert form == left
 
 
 def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
-    """Equal length proves nothing: most names must be those of the label space."""
+    """Equal length proves nothing: most names must be in the label space."""
     pattern = write_clip_benchmark(tmp_path / "wds", [0, 1, 2], ["car", "bus", LABELS.names[2]])
     with pytest.raises(
         ValueError, match=r"2 of the 3 names .* \(first: 'car' at index 0"
@@ -1101,7 +1101,7 @@ def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
         index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
     assert "--classes" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    # a different word for one class; an id in place of a name is no different word
+    # a different word for one class; an id in place of a name is not a different word
     names = [LABELS.ids[0], "badger", LABELS.names[2]]
     (tmp_path / "wds" / "classnames.txt").write_text("\n".join(names))
     index_shards([pattern], str(tmp_path / "out"), LABELS, Options())

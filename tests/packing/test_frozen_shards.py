@@ -1,4 +1,4 @@
-"""What is in a shard is frozen: packed sets are compared over machines, versions and years."""
+"""Shard contents are frozen: packed sets are compared across machines, versions and years."""
 
 import hashlib
 import struct
@@ -32,7 +32,7 @@ def digest(data: bytes) -> str:
 
 
 def png(red: int, side: int) -> bytes:
-    """A square PNG of one colour, made without a library that may change; chunks are stored."""
+    """A square PNG of one colour, written without a library that may change; chunks are stored."""
     line = b"\0" + bytes((red, 20, 30)) * side
     data = line * side
     stored = b"\x78\x01\x01" + struct.pack("<HH", len(data), len(data) ^ 0xFFFF) + data
@@ -72,7 +72,7 @@ def test_the_shuffle_is_frozen():
 
 
 def test_the_cut_is_frozen():
-    # at most 10 bytes a shard: exactly 10 fit, and what is larger is alone
+    # at most 10 bytes per shard: exactly 10 fit, and a larger file is alone
     assert cut([4, 6, 1, 9, 1, 12, 3, 7, 10, 0], 10) == [
         (0, 2), (2, 4), (4, 5), (5, 6), (6, 8), (8, 10),
     ], RAISE  # fmt: skip

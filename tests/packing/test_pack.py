@@ -1,4 +1,4 @@
-"""Packing: what is written reads back, the bytes are reproducible, a killed run continues."""
+"""Packing: the output reads back, bytes are reproducible, a killed run continues."""
 
 import functools
 import hashlib
@@ -70,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Return relative path -> sha256 of every file, temporary ones included."""
+    """Return relative path -> sha256 of every file, including temporary ones."""
     return {
         str(path.relative_to(folder)): digest(path.name, path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -79,7 +79,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def digest(name: str, data: bytes) -> str:
-    """Return the sha256 of a file; of a commit record all but how long it took."""
+    """Return the sha256 of a file; for a commit record, without the time it took."""
     if re.fullmatch(r"\d{6}\.json", name):
         data = re.sub(rb'"seconds":[\d.]+', b"", data)
     return hashlib.sha256(data).hexdigest()
@@ -91,7 +91,7 @@ def read_with_webdataset(folder: Path) -> list[dict]:
 
 
 def check_offsets(folder: Path) -> tuple[Manifest, Index]:
-    """Hold every row of the index against the tars, as tarfile sees them."""
+    """Compare every row of the index with the tars, as tarfile reads them."""
     manifest = Manifest.load(str(folder))
     index = Index.load(str(folder), manifest)
     row = 0
@@ -111,7 +111,7 @@ def check_offsets(folder: Path) -> tuple[Manifest, Index]:
             assert member.name.split(".")[0] == index.key[row].decode()
             assert (member.mtime, member.uid, member.uname, member.mode) == (0, 0, "root", 0o444)
             row += 1
-        # plain headers where names are short: PAX ones would cost 1 KiB for each member
+        # plain headers for short names: PAX ones would cost 1 KiB per member
         if all(len(member.name) <= 100 for member in members):
             blocks = sum(1 + math.ceil(member.size / 512) for member in members)
             assert len(data) == math.ceil((blocks + 2) * 512 / 10240) * 10240
@@ -167,7 +167,7 @@ def test_order_and_plan_hash_follow_their_inputs(source: str) -> None:
 
 
 def test_order_is_frozen() -> None:
-    """The shuffle is part of the format: packed sets are compared over machines and years."""
+    """The shuffle is part of the format: packed sets are compared across machines and years."""
     items = [Item(key=f"k{n}", path="x", label=0, bytes=1) for n in range(8)]
     assert " ".join(item.key for item in shuffle(items, 0)) == "k0 k5 k1 k4 k3 k6 k7 k2"
 
@@ -186,7 +186,7 @@ def test_task_errors(text: str) -> None:
         ({"workers": 0}, "--workers"),
         ({"quality": 0}, "--quality"),
         ({"max_bad": -1}, "--max-bad"),
-        ({"task": ""}, "--task must be I/N"),  # a variable that a script did not set
+        ({"task": ""}, "--task must be I/N"),  # a variable that a script left unset
         ({"finalize": True, "task": "0/2"}, "--finalize"),
     ],
 )
@@ -209,7 +209,7 @@ def deep_items(folders: int) -> tuple[Item, ...]:
 
 
 def refused_before_packing(tmp_path: Path, folders: int, labels: LabelSpace = LABELS) -> str:
-    """Pack images that do not exist: whatever is opened gives a different error."""
+    """Pack images that do not exist: opening any of them gives a different error."""
     found = Source(
         dataset="own", root=tmp_path / "in", items=deep_items(folders), groups=labels.groups
     )
@@ -234,7 +234,7 @@ def test_an_index_that_no_reader_takes_is_refused_before_packing(
 
 
 def test_a_manifest_that_no_reader_takes_is_refused_before_packing(tmp_path: Path) -> None:
-    """Readers take at most 1,000 prompts, and a label space has no limit."""
+    """Readers accept at most 1,000 prompts, but a label space has no limit."""
     many = tuple(f"{n} {{c}}" for n in range(1001))
     labels = LabelSpace(ids=LABELS.ids, names=LABELS.names, templates=many)
     said = refused_before_packing(tmp_path, 1, labels)
@@ -246,7 +246,7 @@ def test_a_manifest_that_no_reader_takes_is_refused_before_packing(tmp_path: Pat
 
 
 def test_long_keys_read_back(tmp_path: Path) -> None:
-    """Their members have PAX headers, which webdataset, tar and our own readers know."""
+    """Their members have PAX headers, which webdataset, tar and our own readers support."""
     for n in range(4):
         name = f"{n}{'x' * (149 if n % 2 else 94)}"
         write_image(tmp_path / "in" / "train" / LABELS.ids[n // 2] / f"{name}.JPEG", n)
@@ -276,7 +276,7 @@ def test_headers_of_long_names_alone_differ_from_ustar(letters: int) -> None:
     with ShardWriter(written) as shard:
         shard.add(key, {"json": b"{}"}, "jpg", b"image")
     with tarfile.open(fileobj=ustar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        # a key of the same letters where USTAR takes no more
+        # a key of the same length that USTAR still accepts
         for name, data in ((f"{key[:95]}.json", b"{}"), (f"{key[:95]}.jpg", b"image")):
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o444
@@ -410,7 +410,7 @@ def test_payloads_lie_where_the_writer_says(samples: list[tuple[str, bytes]]) ->
 
 
 def test_shards_are_those_of_webdataset(source: str, tmp_path: Path) -> None:
-    """Byte for byte what its TarWriter makes of the same samples."""
+    """Byte for byte like its TarWriter with the same samples."""
     assert pack("imagenet-train", source, str(tmp_path), LABELS, ORIGINAL)
     for path in sorted((tmp_path / "imagenet-train").glob("*.tar")):
         stream = io.BytesIO()
@@ -428,7 +428,7 @@ def test_shards_are_those_of_webdataset(source: str, tmp_path: Path) -> None:
 def test_archives_give_the_same_shards(
     source: str, tmp_path: Path, reference: dict[str, str]
 ) -> None:
-    """The official tar of tars, never extracted, against the class folders."""
+    """The official tar of tars, never extracted, compared with the class folders."""
     with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as archive:
         for wnid in LABELS.ids:
             inner = tmp_path / f"{wnid}.tar"
@@ -598,7 +598,7 @@ def test_lost_shards_are_written_again(
 def test_commits_of_another_plan_do_not_count(
     source: str, tmp_path: Path, reference: dict[str, str]
 ) -> None:
-    """A stray record, such as a copied folder's, must not make a shard look finished."""
+    """A stray record, such as one from a copied folder, must not make a shard look finished."""
     pack("imagenet-train", source, str(tmp_path), LABELS, with_options(task="0/2"))
     commit = tmp_path / "imagenet-train" / "commit" / "000000.json"
     document = json.loads(commit.read_text())
@@ -712,7 +712,7 @@ def test_killed_run_continues(
     assert "imagenet-train/manifest.json" not in left
     assert any(name.endswith(".tmp") for name in left) == (where == "in a tar")
     kept = {name: digest for name, digest in left.items() if not name.endswith(".tmp")}
-    assert kept.items() <= reference.items()  # what is there is whole
+    assert kept.items() <= reference.items()  # existing files are complete
     assert pack("imagenet-train", source, str(tmp_path), LABELS, PIXELS)
     assert snapshot(tmp_path) == reference
 
@@ -730,7 +730,7 @@ sys.exit("torch" in sys.modules)
 
 @pytest.mark.slow
 def test_packing_needs_no_torch(source: str, tmp_path: Path) -> None:
-    """Every process that packs would pay seconds and hundreds of megabytes for it."""
+    """Every process that packs would need seconds and hundreds of megabytes for it."""
     command = [sys.executable, "-c", LIGHT, source, str(tmp_path)]
     assert subprocess.run(command, check=False).returncode == 0
 
@@ -763,7 +763,7 @@ def test_workers_end_with_their_parent(source: str, tmp_path: Path) -> None:
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 state, _, _, owner = stat.read_text().rsplit(") ", 1)[1].split()[:4]
-            except OSError:  # it ended between listing and reading
+            except OSError:  # ended between listing and reading
                 continue
             if int(owner) == session and state != "Z":
                 members.append(stat.parent.name)
@@ -901,7 +901,7 @@ def test_more_bad_images_than_allowed(broken: Path, tmp_path: Path, workers: int
     with pytest.raises(ValueError, match=r"3 images cannot be read, --max-bad allows 2 \(n0\d/"):
         pack_broken(broken, out, max_bad=2, workers=workers)
     assert not (out / "imagenet-r" / "manifest.json").exists()
-    # the count is over the whole set, whoever found how many
+    # the count is over the complete set, in any task
     for task in ("0/2", "1/2"):
         with suppress(ValueError):
             pack_broken(broken, out, max_bad=2, task=task)
@@ -918,7 +918,7 @@ def test_more_bad_images_than_allowed(broken: Path, tmp_path: Path, workers: int
 
 
 def test_finalize_counts_over_all_tasks(broken: Path, tmp_path: Path) -> None:
-    """Each task stays below the number; their sum does not."""
+    """Each task is below the limit; their sum is not."""
     (broken / "imagenet-r" / "n01" / "7.jpg").unlink()
     plan = make_plan(read_source("imagenet-r", broken, LABELS), LABELS, PIXELS)
     packing.claim(plan, str(tmp_path / "imagenet-r"))
@@ -952,7 +952,7 @@ def test_repaired_images_are_tried_again(broken: Path, tmp_path: Path) -> None:
 
 
 def test_a_shard_of_bad_images_only(broken: Path, tmp_path: Path) -> None:
-    """It stays, empty: what the other shards are called does not depend on it."""
+    """It stays, empty: the other shards' names do not depend on it."""
     assert pack_broken(broken, tmp_path / "out", max_bad=3, encoding="original", shard_mb=1e-6)
     packed = PackedDataset(str(tmp_path / "out" / "imagenet-r"))
     assert sorted(shard.samples for shard in packed.manifest.shards) == [0] * 3 + [1] * 15

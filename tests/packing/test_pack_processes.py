@@ -66,7 +66,7 @@ def packing(source: Path, out: Path, task: str | None = None) -> tuple:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Return all files but temporary ones; of commit records all but how long the work took."""
+    """Return all files except temporary ones; commit records without the time they took."""
     found = {}
     for path in sorted((out / SET).rglob("*")):
         if path.is_file() and not path.name.endswith(".tmp"):
@@ -84,7 +84,7 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
 
 
 def start(words: list[str], **settings: object) -> subprocess.Popen[str]:
-    """Start a command in a session, and so a process group, of its own."""
+    """Start a command in its own session, and so in its own process group."""
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     streams |= {"env": tiny_world.environment(), "start_new_session": True}
     return subprocess.Popen(words, **{**streams, **settings})
@@ -99,7 +99,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 
 def run_watched(source: Path, out: Path, step: str | None, task: str | None) -> list[str]:
-    """Pack in a process of its own; return the steps it took, or kill it before `step`."""
+    """Pack in a separate process; return its steps, or kill it before `step`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rft.packing.pack", "tests.packing.halting"])
     here, there = context.Pipe(duplex=False)
@@ -120,8 +120,8 @@ def run_watched(source: Path, out: Path, step: str | None, task: str | None) -> 
 def require_completed(
     source: Path, out: Path, reference: dict[str, bytes], tasks: list[str | None]
 ) -> None:
-    """What was left is part of what an undisturbed run gives; done again, it is all of it."""
-    assert contents(out).items() <= reference.items()  # what has its name is whole
+    """The remains are part of an undisturbed run's output; a rerun completes it."""
+    assert contents(out).items() <= reference.items()  # files with their final name are complete
     assert [pack(*packing(source, out, task)) for task in tasks][-1]
     assert contents(out) == reference
     assert not list(out.rglob("*.tmp"))
@@ -149,7 +149,7 @@ def test_t9_killed_before_every_step(
 
 @contextlib.contextmanager
 def halted(source: Path, folder: Path, step: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Start the command with two workers; yield it and what lets it go on once it is at `step`."""
+    """Start the command with two workers; yield it and a function that releases it from `step`."""
     gate = folder / "gate"
     os.mkfifo(gate)
     words = ((str(source), str(folder / "out")), str(TOOL), step, str(gate))
@@ -184,10 +184,10 @@ def test_t9_killed_with_its_workers(
     "step", ["os.rename .plan.json.tmp", halting.FORK_SERVER, halting.WORKER, *IN_WORKERS]
 )
 def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, step: str) -> None:
-    """A terminal sends it to every process, also to one that only begins to start."""
+    """A terminal sends it to every process, also to one that is just starting."""
     with halted(source, tmp_path, step) as (process, gate):
         os.killpg(process.pid, signal.SIGINT)
-        opened = os.open(gate, os.O_RDWR)  # only a process that the signal passed by waits there
+        opened = os.open(gate, os.O_RDWR)  # only a process that the signal missed waits there
         _, errors = process.communicate()
         os.close(opened)
     assert (process.returncode, errors) == (130, "interrupted\n")
@@ -222,7 +222,7 @@ def one_job(source: Path, out: Path) -> ShardJob:
 def test_a_twin_that_tidied_up_is_no_error(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever completes the set deletes what is unfinished, and may meet a task's second run."""
+    """The task that completes the set deletes unfinished files; a task may be running twice."""
     job = one_job(source, tmp_path)
     written = write_shard(job)
     before = contents(tmp_path)

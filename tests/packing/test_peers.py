@@ -1,4 +1,4 @@
-"""Other projects read what we write: webdataset, timm and open_clip, by running them."""
+"""Third-party readers read our shards: webdataset, timm and open_clip, run for real."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def old_webdataset() -> dict[str, str]:
-    """Environment variables with the webdataset that open_clip and timm ask for."""
+    """Environment variables with the webdataset version that open_clip and timm need."""
     environments.BUILD.mkdir(parents=True, exist_ok=True)
     # the tests of this file can run in several processes
     with filelock.FileLock(environments.BUILD / "open_clip.lock"):
@@ -59,7 +59,7 @@ def old_webdataset() -> dict[str, str]:
 def run(
     peer: str, folders: list[Path], out: Path, variables: dict[str, str], version: str = "0.2"
 ) -> list[list]:
-    """Return what a peer delivers from each folder, as sorted (label, pixels)."""
+    """Return the samples that a peer delivers from each folder, as sorted (label, pixels)."""
     command = [sys.executable, "-m", "tests.packing.peer_readers", peer, str(out)]
     result = subprocess.run(
         [*command, *map(str, folders)],
@@ -102,7 +102,7 @@ def test_old_webdataset(
 
 
 def test_timm(packed: dict[str, Path], tmp_path: Path, old_webdataset: dict[str, str]) -> None:
-    """timm reads images; `pixels` holds arrays, which it does not know."""
+    """timm reads images; `pixels` holds arrays, which it does not support."""
     folders = [packed["original"], packed["jpeg"]]
     found = run("timm", folders, tmp_path, old_webdataset)
     assert found == [ours(folder) for folder in folders]

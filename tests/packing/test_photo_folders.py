@@ -27,7 +27,7 @@ PROMPT = ("a photo of a {c}.",)
 
 
 def fill(root: Path, *names: str) -> Path:
-    """Write files whose bytes differ; a listing does not decode them."""
+    """Write files with different bytes; a listing does not decode them."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def test_what_looks_like_splits_and_is_unclear_is_refused(tmp_path: Path, case: 
         classes(tmp_path / folder, "cat", "dog")
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
-    # whoever names them as classes is believed
+    # explicit --classes are respected
     if len(folders) > 1 and len({name.casefold() for name in folders}) == len(folders):
         photos = read(tmp_path, space(*folders))
         assert photos.labels.ids == tuple(folders)
@@ -298,13 +298,13 @@ TOO_HIGH = {
 
 @pytest.mark.parametrize("case", TOO_HIGH)
 def test_a_level_too_high_below_several_folders(tmp_path: Path, case: str) -> None:
-    """What lies in between are no classes, whatever it is called; the next source is named."""
+    """Folders in between are never classes, whatever their names; the correct source is named."""
     folders, message, better = TOO_HIGH[case]
     classes(tmp_path, *folders)
     fill(tmp_path, "@eaDir/1.jpg", f"{folders[0]}/.DS_Store")
     with pytest.raises(ValueError, match=f"{message}.*name the folder {tmp_path}/{better}[,; ]"):
         read(tmp_path)
-    # whoever names them as classes is believed
+    # explicit --classes are respected
     named = sorted({folder.split("/")[0] for folder in folders})
     assert read(tmp_path, space(*named)).labels.ids == tuple(named)
     if len([folder for folder in folders if folder.startswith(f"{better}/")]) > 1:
@@ -348,7 +348,7 @@ def test_groups_of_classes_below_a_folder_are_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "folders",
     [
-        ["cat/images", "dog/images"],  # as tiny-imagenet has it
+        ["cat/images", "dog/images"],  # as in tiny-imagenet
         ["cat/2023/images", "dog/2023/images"],
         ["cat/images/a", "dog/images/b"],
         ["cat", "cat/old", "dog/old"],
@@ -378,7 +378,7 @@ def test_other_names_are_not_passed_over(name: str) -> None:
 
 
 def cats_and_dogs(root: Path, place: str) -> None:
-    """Two classes, in splits if the place is in one; in one class there is a folder `old`."""
+    """Two classes, in splits if the location is in one; one class has a folder `old`."""
     if place.startswith(("train/", "test/")):
         classes(root / "train", "cat", "dog")
         classes(root / "test", "cat", "dog")
@@ -444,7 +444,7 @@ def test_a_class_of_thumbnails_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_thumbnails_make_no_groups_of_classes(tmp_path: Path) -> None:
-    """Each class holds folders of the same names here, of which one counts."""
+    """Each class holds folders with the same names here, one of which counts."""
     classes(tmp_path, "cat", "dog", below="large/")
     before = read(tmp_path)
     classes(tmp_path, "cat", "dog", below="thumbs/")
@@ -525,7 +525,7 @@ def test_every_equal_image_is_named(tmp_path_factory, spots) -> None:
         fill(root, f"{split}/{label}/more {number}.jpg")
         (root / split / str(label) / f"more {number}.jpg").write_bytes(bytes([content]) * 9)
         by_content.setdefault(content, set()).add((split, label))
-    # the files of `classes` are equal to none: each holds its own path in its split
+    # the files of `classes` are all different: each holds its own path in its split
     for split in ("train", "test"):
         for path in (root / split).rglob("?.jpg"):
             path.write_text(str(path))

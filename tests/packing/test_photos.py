@@ -1,4 +1,4 @@
-"""The user's own photos: turned upright and composed on white, by the packer and every reader."""
+"""The user's own photos: rotated upright and composed on white, by the packer and every reader."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def with_exif(orientation: int, pixels: np.ndarray, format_name: str) -> bytes:
 
 
 def show(data: bytes, encoding: dict) -> tuple[np.ndarray, Treated]:
-    """A file packed as `original` and read again, (H, W, 3)."""
+    """A file packed as `original` and read back, (H, W, 3)."""
     encoded = encode(data, "x", encoding)
     image = load_image(encoded.payload, "x", payload_of(encoding).treatment)
     assert image.size == (encoded.header.width, encoded.header.height)
@@ -72,7 +72,7 @@ def show(data: bytes, encoding: dict) -> tuple[np.ndarray, Treated]:
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", STORED_SIDES)
 def test_a_photo_is_turned_upright(orientation: int, format_name: str) -> None:
-    """In every encoding; a set without the key shows it as it is stored."""
+    """In every encoding; a set without the key shows it as stored."""
     seen_HWC, stored_HWC = scene(), stored_as(scene(), orientation)
     data = with_exif(orientation, stored_HWC, format_name)
     shown_HWC, treated = show(data, ORIGINAL)
@@ -92,7 +92,7 @@ def test_a_photo_is_turned_upright(orientation: int, format_name: str) -> None:
         else:
             square = Image.fromarray(square_CHW.transpose(1, 2, 0))
             assert encoded.payload == to_jpeg(square, 95)
-            # a payload that is upright already is not turned a second time
+            # a payload that is already upright is not rotated again
             assert not payload_of(encoding).treatment.photo
     stored, untreated = show(data, encoding_parameters("original", 0, 0))
     assert np.abs(stored.astype(int) - stored_HWC).max() <= 2
@@ -132,7 +132,7 @@ def test_an_unreadable_orientation_changes_nothing(exif: bytes, format_name: str
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_other_tags_that_are_damaged_do_not_matter() -> None:
-    """Pillow's `exif_transpose` writes them again, and fails."""
+    """Pillow's `exif_transpose` rewrites them, and fails."""
     entries = [(TAG, 3, 1, b"\0\x03\0\0"), (0x011A, 5, 1, b"\xff\xff\xff\xff")]
     exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries))
     exif += b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries) + b"\0" * 4
@@ -207,7 +207,7 @@ def test_transparent_photos_lie_on_white(name: str) -> None:
 
 
 def test_bits_with_white_transparent() -> None:
-    """Nothing is to be seen of it: the colour is white."""
+    """Nothing of it is visible: the colour is white."""
     shown, treated = show(png_row([0, 1], 1, GREY, key(1)), ORIGINAL)
     assert shown[0].tolist() == [[0, 0, 0], WHITE]
     assert treated.composed
@@ -241,18 +241,18 @@ def test_what_is_opaque_is_not_counted(data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_a_transparent_colour_of_16_bits_is_refused(kind: Kind) -> None:
-    """Pillow keeps 8 bits of the pixels: the colour cannot be told from its neighbours."""
+    """Pillow keeps 8 bits of the pixels: the colour cannot be distinguished from its neighbours."""
     data = png_row([1, 2, 3, 1, 2, 4], 16, RGB, key(1, 2, 3))
     with pytest.raises(ValueError, match=r"^x cannot be decoded: its transparent colour has 16"):
         encode(data, "x", encoding_parameters(kind, 1, 0, photos=True))
 
 
-# --- a whole folder -----------------------------------------------------------------------------
+# --- a complete folder --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Nine photos of two classes: two of them are turned, one is transparent."""
+    """Nine photos of two classes: two of them are rotated, one is transparent."""
     root = tmp_path / "photos"
     for name in ("cat", "dog"):
         (root / name).mkdir(parents=True)
@@ -295,7 +295,7 @@ def test_a_folder_of_photos(
 
 
 def test_a_set_that_was_packed_without_the_key(photos: Path, tmp_path: Path) -> None:
-    """It is read as it always was, and is another plan."""
+    """It is read as before, and is a different plan."""
     packed = pack_photos(photos, tmp_path / "out", "original", photos=False)
     assert packed.manifest.encoding == {"kind": "original", "crop_border": 0}
     samples = {packed.key(n): n for n in range(len(packed))}

@@ -202,7 +202,7 @@ def test_complete_sets_by_wnid(tmp_path: Path, dataset: str, folder: str) -> Non
 
 
 def test_a_broken_link_in_place_of_a_class_folder_is_refused(tmp_path: Path) -> None:
-    """Of a set of some classes nothing else would say that one is missing."""
+    """In a set of some classes nothing else would reveal a missing one."""
     touch(tmp_path, "n01/a.jpg", "n03/a.jpg")
     (tmp_path / ".#README").symlink_to("nowhere")
     read_source("imagenet-r", tmp_path, LABELS)
@@ -306,7 +306,7 @@ TRAINING = {
     "n02": {"n02_7.JPEG": b"seven"},
     "n03": {"n03_2.JPEG": b"", "n03_1.JPEG": b"one" * 999},
 }
-# image number -> class: not sorted, as the real ones are not
+# image number -> class: unsorted, like the real ones
 TRUTH = {1: "n03", 2: "n01", 3: "n01", 4: "n02"}
 ILSVRC_IDS = {"n02": 1, "n03": 2, "n01": 3}
 
@@ -336,7 +336,7 @@ def tar_bytes(entries: dict[str, bytes]) -> bytes:
 
 
 def write_devkit(folder: Path, compressed: bool = False) -> Path:
-    """Write what rft reads of the devkit, in the devkit's own formats."""
+    """Write the files of the devkit that rft reads, in the devkit's own formats."""
     synsets = np.zeros(
         len(ILSVRC_IDS) + 1,
         dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")],
@@ -473,7 +473,7 @@ def test_forms_of_the_validation_set(
 
 
 def linked_in(tmp_path: Path, place: str) -> Path:
-    """Move a file or folder of a source out of it, and put a link in its place."""
+    """Move a file or folder out of a source, and replace it by a link."""
     path, elsewhere = tmp_path / "in" / place, tmp_path / "elsewhere" / place
     elsewhere.parent.mkdir(parents=True, exist_ok=True)
     path.rename(elsewhere)
@@ -703,7 +703,7 @@ def test_other_digits_are_no_number_of_a_validation_image(tmp_path: Path) -> Non
 
 
 def test_class_tars_of_other_classes(tmp_path: Path) -> None:
-    """They are refused as class folders are; archives and what a system left are no classes."""
+    """They are refused like class folders; archives and system files are not classes."""
     train_class_tars_in_the_source(tmp_path)
     touch(tmp_path, "ILSVRC2012_img_val.tar", "imagenet-r.tar", "._n09.tar", "n09.zip")
     (tmp_path / "n10.tar").mkdir()
@@ -783,7 +783,7 @@ def test_is_imagenet() -> None:
 def test_counts(dataset: str) -> None:
     imagenet, count = LabelSpace.imagenet(), BENCHMARKS[dataset].images
     check_count(dataset, count, imagenet)
-    check_count(dataset, 3, LABELS)  # somebody's own world
+    check_count(dataset, 3, LABELS)  # a user's own world
     check_count(dataset, count - 1, imagenet, allowed=count - 1)
     message = f"{dataset} has {count - 1:,} images here, {count:,} were published"
     with pytest.raises(ValueError, match=f"{message}.*--allow-count {dataset}={count - 1}"):

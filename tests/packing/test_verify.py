@@ -1,4 +1,4 @@
-"""Verification: a whole set passes, and each kind of damage is named with its place."""
+"""Verification: an intact set passes, and each kind of damage is named with its position."""
 
 import importlib.util
 import io
@@ -77,7 +77,7 @@ def change(path: Path, position: int, data: bytes | None = None) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[Index], Index]) -> None:
-    """Change the index and let the manifest agree with it."""
+    """Change the index and update the manifest."""
     manifest = Manifest.load(str(folder))
     content = change(Index.load(str(folder), manifest)).to_bytes()
     (folder / "index.npz").write_bytes(content)
@@ -87,7 +87,7 @@ def rewrite(folder: Path, change: Callable[[Index], Index]) -> None:
 def rewrite_tar(
     folder: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]
 ) -> None:
-    """Write the first shard again with other members, and let the manifest agree with it."""
+    """Rewrite the first shard with other members, and update the manifest."""
     manifest = Manifest.load(str(folder))
     path = folder / manifest.shards[0].name
     with tarfile.open(path) as archive:
@@ -133,7 +133,7 @@ def test_a_whole_set_has_no_problems(healthy: Path, kind: str, deep: bool) -> No
 def test_a_set_from_before_manifests_had_ids(
     healthy: Path, tmp_path: Path, kind: str, deep: bool
 ) -> None:
-    """Nor were there the rules of today for names, of which it may break some."""
+    """Nor were there today's rules for names, some of which it may break."""
     folder = healthy / (kind if kind in ("jpeg", "pixels") else "original") / "imagenet-val"
     if kind == "indexed":
         local = tmp_path / "local.txt"
@@ -186,7 +186,7 @@ def test_an_index_of_shards_made_elsewhere(healthy: Path, packed: Path, tmp_path
     options = Reading(workers=1, local_classes=str(local), dataset="own")
     index_shards([pattern], str(tmp_path / "local"), LABELS, options)
     assert lines(tmp_path / "local") == []
-    (tmp_path / "local" / "plan.json").unlink()  # it says which numbers mean which class
+    (tmp_path / "local" / "plan.json").unlink()  # it records which numbers mean which class
     assert any(
         "its .cls has '0', the index has class 1" in line for line in lines(tmp_path / "local")
     )
@@ -219,7 +219,7 @@ def test_a_flipped_header_byte(packed: Path) -> None:
     found = lines(packed)
     assert any(line.startswith(f"{shard.name}: sha256 is") for line in found)
     assert any(f"{shard.name}, offset" in line and "damaged header" in line for line in found)
-    # bytes behind it are still held against the index: they are whole
+    # later bytes are still compared with the index: they are intact
     assert not any(key in line for line in found)
 
 
@@ -312,7 +312,7 @@ def test_swapped_shards(packed: Path) -> None:
     ],
 )
 def test_an_edited_label_space_or_scoring_rule(packed: Path, edit) -> None:
-    """Values that could be right, but are not those that the set was packed with."""
+    """Plausible values that differ from those with which the set was packed."""
     manifest = Manifest.load(str(packed))
     replace(manifest, **edit(manifest)).save(str(packed))
     assert "classes, prompts or groups differ from plan.json" in lines(packed, deep=False)[0]
@@ -334,7 +334,7 @@ PHOTOS = {"orientation": "exif", "alpha": "white"}
 def test_an_edited_encoding(
     packed: Path, before: dict[str, Any], after: dict[str, Any], message: str, deep: bool
 ) -> None:
-    """The payloads are whole, but a reader would show other pixels."""
+    """The payloads are intact, but a reader would show other pixels."""
     plan = json.loads((packed / "plan.json").read_text())
     plan["encoding"] |= before
     (packed / "plan.json").write_text(json.dumps(plan))
@@ -456,7 +456,7 @@ def test_members_that_do_not_fit(packed: Path, kind: str) -> None:
 
 
 def test_an_image_that_was_packed_damaged(packed: Path) -> None:
-    """Index and bytes agree, and still it is no image."""
+    """Index and bytes agree, but it is not an image."""
     shard, key, offset, length = first_row(packed)
     change(shard, offset, b"\0" * length)
     manifest = Manifest.load(str(packed))

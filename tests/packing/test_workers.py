@@ -1,4 +1,4 @@
-"""Work in several processes: results in order, errors and killed workers told in a line."""
+"""Work in several processes: results in order, one-line errors for failures and killed workers."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def test_a_killed_worker_is_told() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
-    """Ctrl-C reaches the whole process group; nobody waits for work that takes ten minutes."""
+    """Ctrl-C reaches the whole process group and does not wait for work that takes ten minutes."""
     program = (
         "import sys; from rft import cli; from tests.packing.test_workers import *\n"
         "cli.run(lambda: for_each('x', publish_slowly, sys.argv[2:], int(sys.argv[1])))"
@@ -73,7 +73,7 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers
 
 @pytest.mark.slow
 def test_an_interrupt_while_a_result_is_taken(tmp_path: Path) -> None:
-    """Ctrl-C does not wait until the other workers end what they are at."""
+    """Ctrl-C does not wait until the other workers finish their work."""
 
     def interrupt(number: int, _: None) -> None:
         assert number == 1
@@ -87,7 +87,7 @@ def test_an_interrupt_while_a_result_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_after_an_error(tmp_path: Path, monkeypatch) -> None:
-    """Nor does it where an error waits for the other workers."""
+    """Nor does it while an error waits for the other workers."""
     shutdown, calls = ProcessPoolExecutor.shutdown, []
 
     def interrupted(pool: ProcessPoolExecutor, **options: bool) -> None:
@@ -118,7 +118,7 @@ def publish_slowly(path: str) -> None:
 
 
 def end_late(number: int) -> int:
-    """Be told to end when the work is done and only its handler is left to be removed."""
+    """Receive the signal when the work is done and only its handler is left to be removed."""
     change = signal.signal
 
     def told(number: int, handler: object) -> object:
@@ -132,7 +132,7 @@ def end_late(number: int) -> int:
 
 
 def end_twice(path: str) -> None:
-    """Be told to end, and once more while the work cleans up after itself."""
+    """Receive the signal, and a second one while the work cleans up."""
     try:
         signal.raise_signal(signal.SIGTERM)
     finally:
@@ -142,14 +142,14 @@ def end_twice(path: str) -> None:
 
 @pytest.mark.slow
 def test_the_end_may_come_at_the_end() -> None:
-    """Told to end, a worker leaves; it neither goes on nor is left with a handler."""
+    """After the signal a worker exits; it neither continues nor keeps a handler."""
     with pytest.raises(ValueError, match="a worker process was killed"):
         for_each("work", end_late, [1, 2], 2)
 
 
 @pytest.mark.slow
 def test_what_cleans_up_is_not_interrupted(tmp_path: Path) -> None:
-    """When one worker has left, the pool tells the others a second time."""
+    """When one worker has exited, the pool signals the others a second time."""
     cleaned = [str(tmp_path / "a"), str(tmp_path / "b")]
     with pytest.raises(ValueError, match="a worker process was killed"):
         for_each("work", end_twice, cleaned, 2)
@@ -157,7 +157,7 @@ def test_what_cleans_up_is_not_interrupted(tmp_path: Path) -> None:
 
 
 def test_number_of_workers() -> None:
-    """None is one for each core."""
+    """None means one per core."""
     assert for_each("work", double, [1], None) == [2]
 
 

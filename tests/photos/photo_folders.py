@@ -1,4 +1,4 @@
-"""Photo folders as users have them, small: coloured squares of 16 classes' words."""
+"""Small photo folders as users have them: coloured squares of classes named by 16 words."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def write(
     below: str = "",
     first: int = 0,
 ) -> Path:
-    """Write so many photos of each class, and beside the folder what the classes are called."""
+    """Write so many photos per class, and beside the folder the names of the classes."""
     ids = list(folders) or [f"c{label:03d}" for label in range(len(counts))]
     for label, count in enumerate(counts):
         folder = root / ids[label] / below

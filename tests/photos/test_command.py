@@ -1,4 +1,4 @@
-"""`rft photos` on ten kinds of folders: what it finds, what it makes, what it refuses."""
+"""`rft photos` on ten kinds of folders: findings, output and refusals."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def photos(root: Path, out: Path, *options: object, **kept) -> subprocess.Comple
 
 
 def dry(root: Path, out: Path, *options: object, **kept) -> str:
-    """Return what a dry run prints; it makes nothing."""
+    """Return the output of a dry run, which writes nothing."""
     result = photos(root, out, *options, "--dry-run", **kept)
     assert result.returncode == 0, result.stderr
     assert not out.exists()
@@ -103,7 +103,7 @@ def test_two_classes_end_in_a_report_and_an_export(two):
         f"next: python -m rft.predict {out}/model NEW_PHOTOS --html page.html --cam",
         "  (NEW_PHOTOS: image files, or folders that hold some)",
     ]
-    # the counts of classes once, by the command itself
+    # the class counts are printed once, by the command itself
     assert result.stdout.count("red bricks zero") == 1
     # every stage is a command that can be pasted
     stages = [line for line in result.stdout.splitlines() if line.startswith("$ ")]
@@ -118,7 +118,7 @@ def test_the_same_command_again_makes_nothing_anew(two):
     result = photos(root, out, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     assert made(out) == before
-    # nothing is measured for what is done
+    # finished stages are not measured
     table = result.stdout.partition("stages, all but the last are already done:\n")[2]
     rows = [line.split("  ", 2)[1:] for line in table.partition("\n  all ")[0].splitlines()]
     done = [name for name, state in rows if state.strip() == "done"]
@@ -144,7 +144,7 @@ def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refu
 
 
 def complaint(capsys, *arguments: object) -> list[str]:
-    """Run the command in this process to its refusal; return the lines of it."""
+    """Run the command in this process to its refusal; return its lines."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         tiny.call(command, *arguments)
@@ -157,7 +157,7 @@ def test_one_photo_in_a_class_is_refused_with_what_to_do(tmp_path, capsys):
     line, note = complaint(capsys, *words(root, out))
     assert "class folder 'c001' has one image" in line
     assert "--ignore 'c001'" in line
-    # the option that packing has, and this command has not
+    # an option of packing, which this command lacks
     assert "--test-share" not in line
     assert note.startswith("  without them: python -m rft.photos ")
     assert note.endswith("--ignore c001")
@@ -186,7 +186,7 @@ def test_all_that_cannot_be_used_is_named_at_once_with_the_command(tmp_path, cap
     typed = shlex.split(pasted)
     assert (label, typed[:3]) == ("  without them", ["python", "-m", "rft.photos"])
     assert typed[3:] == [*options, "--ignore", "*.heic", "about [[]1]", "lone", "--max-bad", "2"]
-    # the class that is passed over needs no words
+    # the ignored class needs no words
     text = dry(root, out, *typed[3 + len(options) :], folders=["c000", "c001"])
     assert "empty.jpg is empty; it is left out (--max-bad)" in text
     assert "skipped by name: 1 *.heic (--ignore), 1 about [[]1] (--ignore), 1 lone" in text
@@ -247,7 +247,7 @@ def test_photos_that_fail_in_decoding_are_named_by_packing(tmp_path):
 
 @pytest.mark.slow
 def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
-    """200 to train on are enough, 199 are not; which it is, packing finds out."""
+    """200 to train on are enough, 199 are not; packing finds the number."""
     root, out = write(tmp_path / "photos", [125, 125]), tmp_path / "out"
     (train, _) = read_folder(root, None, 0.2, 0).sources
     path = root / train.items[0].path
@@ -268,11 +268,11 @@ def test_copies_in_training_and_test_are_an_alarm(tmp_path):
     result = photos(root, out, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("of equal images in two sets") == 1
-    (alarm,) = [line for line in tiny.complaints(result.stderr) if "is too good" in line]
+    (alarm,) = [line for line in tiny.complaints(result.stderr) if "is too high" in line]
     assert "were in the training set of" in alarm
     # zero-shot was trained on nothing
     assert "zero-shot," not in alarm
-    assert "accuracy is too good" in (out / "report" / "index.html").read_text()
+    assert "accuracy is too high" in (out / "report" / "index.html").read_text()
 
 
 @pytest.mark.slow
@@ -343,7 +343,7 @@ def test_an_out_that_cannot_be_written_is_refused_at_once(tmp_path, refused, bel
     if Path("/proc/self").exists():
         line = refused(command, root, "--out", Path("/proc/x") / below, "--dry-run")
         assert "cannot write into /proc" in line
-    # what was tried leaves nothing
+    # the trial leaves nothing behind
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["photos"]
 
 
@@ -366,7 +366,7 @@ def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
                 continue
         assert process.poll() is None, process.stderr.read()
 
-    # Ctrl-C goes to all of a terminal's processes
+    # Ctrl-C goes to all processes of a terminal
     process = start()
     wait_for(process, reached.exists)
     os.killpg(process.pid, signal.SIGINT)
@@ -375,7 +375,7 @@ def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
     assert process.returncode == 75
     assert tiny.complaints(errors) == [f"stopped; to resume: {again}"]
     step = json.loads(reached.read_text())["step"]
-    # a kill reaches the command alone; its stage must not train on
+    # a kill reaches only the command; its stage must not continue training
     process = start()
     wait_for(process, lambda: json.loads(reached.read_text())["step"] > step)
     process.kill()

@@ -1,4 +1,4 @@
-"""The photos of --example: as many as are promised, of all classes, the same each time."""
+"""The photos of --example: the stated number, of all classes, always the same."""
 
 import pytest
 from PIL import Image
@@ -17,11 +17,11 @@ def test_photos_of_every_class_are_drawn_once(tmp_path):
     assert (len(train.items), len(test.items)) == (240, 64)
     paths = sorted(source.rglob("*.png"))
     before = {path: path.read_bytes() for path in paths}
-    # all differ, or copies would be warned of
+    # all differ, because copies would cause a warning
     assert len(set(before.values())) == 304
     with Image.open(paths[0]) as image:
         assert (image.size, image.mode) == ((48, 48), "RGB")
-    # what an interrupted call left out is drawn again, with the same bytes
+    # photos missing after an interrupted call are regenerated with the same bytes
     paths[7].unlink()
     written = paths[8].stat().st_mtime_ns
     write_example(source)

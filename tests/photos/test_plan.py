@@ -1,4 +1,4 @@
-"""The plan as data: which commands, in which order, and what their time follows from."""
+"""The plan as data: its commands, their order, and the basis of their expected time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_training_that_was_stopped_is_not_done(tmp_path):
     (tmp_path / "runs" / "vanilla" / "training.json").touch()
     assert plan.is_done(task, stage)
     assert not plan.is_done(task, plan.train(task, plan.OURS))
-    # made by every call
+    # written by every call
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").touch()
     assert not plan.is_done(task, plan.report(task, Path("runs/x")))

@@ -1,4 +1,4 @@
-"""What OUT was made from: the same command passes, others are refused in their own words."""
+"""The inputs of OUT: the same command passes, others are refused in its own words."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_classes_are_compared(begun):
 
 
 def test_a_set_that_is_not_packed_yet_may_change(begun):
-    """As where packing has named a broken photo, which was then repaired or removed."""
+    """As if packing had named a broken photo, which was then repaired or removed."""
     root, out = begun
     (out / "runs").rmdir()
     (out / "shards" / "train" / "000000.tar").unlink()

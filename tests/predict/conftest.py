@@ -14,12 +14,12 @@ from rft.loading.dataset import PackedDataset
 from rft.packing.commands import folder
 from tests import tiny
 
-PER_CLASS = 30  # of which 0.6 are test images: more than one forward takes, and no whole number
+PER_CLASS = 30  # of which 0.6 are test images: more than one forward holds, and not a whole number
 SIDES = (20, 26)
 
 
 class Home(NamedTuple):
-    """Where everything lies."""
+    """The locations of all parts."""
 
     photos: Path
     data: Path
@@ -27,7 +27,7 @@ class Home(NamedTuple):
 
 
 def write_photo(path: Path, colour: tuple[int, ...], number: int) -> None:
-    """Write photo `number` of a colour, in one of the ways that photos come."""
+    """Write photo `number` of a colour, in one of the formats of real photos."""
     rng = np.random.default_rng([number, *colour])
     pixels_HWC = np.array(colour) + rng.normal(0, 60, (*SIDES, 3))
     image = Image.fromarray(pixels_HWC.clip(0, 255).astype(np.uint8))

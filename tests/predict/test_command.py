@@ -1,4 +1,4 @@
-"""`rft predict`: what is printed and written, and what is refused."""
+"""`rft predict`: output, files and refusals."""
 
 import csv
 import os
@@ -32,7 +32,7 @@ HOSTILE = (
 
 @pytest.fixture
 def predict(home, capsys):
-    """Run the command on the trained model; returns its exit code, output and complaints."""
+    """Run the command on the trained model; return its exit code, output and errors."""
 
     def run(*arguments: object) -> tuple[int, list[str], list[str]]:
         capsys.readouterr()
@@ -110,14 +110,14 @@ def test_with_a_file_a_summary_is_printed(home, predict, folder, tmp_path, capsy
     with pytest.raises(SystemExit):
         tiny.call(command, home.run, folder, "--out", out)
     printed = capsys.readouterr()
-    # no line of progress either, where there is a result at once
+    # nor a line of progress, if there is a result at once
     assert printed.err == ""
     first, second, third = printed.out.splitlines()
     assert first.startswith("3 images, probabilities at temperature ")
     names = Counter(one.name for one in rft.load(home.run).classify(sorted(folder.iterdir())))
     assert second == "predicted: " + ", ".join(f"{name} {n}" for name, n in names.most_common())
     assert third == f"written: {out}"
-    # one image is one
+    # one image gives one line
     code, lines, _ = predict(min(folder.iterdir()))
     assert code == 0
     assert lines[1].startswith("1 image, probabilities ")
@@ -142,7 +142,7 @@ def test_the_page_shows_what_the_model_saw(home, predict, folder, tmp_path):
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert not page.of("script")
     assert not page.of("link")
-    # again, with the relevance beside each: a page of this command is replaced
+    # again, with the relevance beside each image: a page of this command is replaced
     code, _, _ = predict(folder, "--html", out, "--top", 2, "--cam")
     with_maps = Page(out)
     assert code == 0
@@ -179,10 +179,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     assert printed[0].startswith("3 images, ")
     assert len(out.read_text().splitlines()) == 1 + 3
     assert "broken.jpg is not a readable" in Page(html).text
-    # passed over, it is no mistake
+    # an ignored file is not an error
     (folder / "broken.jpg").unlink()
     assert predict(folder, "--ignore", "*.heic")[0] == 0
-    # a repeated option adds to the first, and takes what stands behind it
+    # a repeated option adds to the first, and takes several values
     (folder / "a.txt").touch()
     assert predict(folder, "--ignore", "*.heic", "--ignore", "*.txt")[0] == 0
     code, _, (error,) = predict("--ignore", "*.heic", folder)
@@ -223,12 +223,12 @@ def test_hostile_names_are_text_everywhere(predict, tmp_path):
     # a name that is no UTF-8
     shutil.copy(folder / HOSTILE[0], os.fsencode(folder) + b"/\xff.png")
     out, html = tmp_path / "p.csv", tmp_path / "p.html"
-    # the names themselves, without a folder before them
+    # the names themselves, without the parent folder
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         code, printed, errors = predict(".", "--out", out, "--html", html)
     assert code == 1
-    # the count, the classes, two files: each image has its line in the file alone
+    # the count, the classes, two files: each image has its line only in the file
     assert len(printed) == 4
     assert not any(map(is_hidden, "".join([*printed, *errors])))
     with out.open(newline="") as stream:

@@ -1,4 +1,4 @@
-"""New images: which files are taken, and how they are read ahead."""
+"""New images: which files are read, and the read-ahead."""
 
 import os
 from itertools import count
@@ -84,7 +84,7 @@ def test_no_more_is_read_ahead_than_two_batches():
     stream = read_squares(images, 4, 8, max_pixels=1)
     next(stream)
     stream.close()
-    # the batch, what was begun beside its last image, and the one that the counter names now
+    # the batch, those started beside its last image, and the one that the counter names now
     assert next(taken) <= 8 + AHEAD * 8 + 1
 
 

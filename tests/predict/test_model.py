@@ -1,4 +1,4 @@
-"""A model from Python: what evaluation computes, of the same files."""
+"""A model in Python: the results of an evaluation, on the same files."""
 
 import dataclasses
 import json
@@ -95,7 +95,7 @@ def test_of_equal_logits_the_first_class_comes_first(model):
     assert one.labels == (1, 2, 3)
     with pytest.raises(ValueError, match="top is 0; it must be 1 or more"):
         model.predictions(torch.zeros(1, 4), top=0)
-    # anyone may write one into results.json
+    # results.json may contain any value
     tiny_one = dataclasses.replace(model, temperature=1e-308)
     with pytest.raises(ValueError, match="its temperature, 1e-308, is not usable"):
         tiny_one.predictions(torch.tensor([[100.0, 1.0]]), top=1)
@@ -122,7 +122,7 @@ def test_relevance_is_the_methods_own(home, model):
     paths = images_of(home)[:20]  # more than one forward of maps takes
     (squares,) = read_squares(paths, 16, 64, max_pixels=1)
     labels = [number % 4 for number in range(20)]
-    # without gradients, as users have it
+    # without gradients, as users run it
     with torch.no_grad():
         found_NGG = model.relevance(paths, labels)
         predicted_NGG = model.relevance(paths)
@@ -212,7 +212,7 @@ def test_a_file_an_export_and_a_run_are_one_model(home, model, tmp_path, tiny_cl
     card = json.loads((tmp_path / "fitted" / "card.json").read_text())
     (tmp_path / "fitted" / "card.json").write_text(json.dumps(card | {"temperature": 1.5}))
     assert rft.load(tmp_path / "fitted").classify(paths, top=1)[0].temperature == 1.5
-    # as other code leaves it in such a folder
+    # as left in such a folder by third-party code
     (tmp_path / "export" / "config.json").write_text('{"model_type": "clip"}')
     exported = rft.load(str(tmp_path / "export"))
     for one in (inside, outside, exported):
@@ -243,7 +243,7 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_clip):
 
 
 def test_the_folder_that_holds_an_export_is_answered_with_it(tmp_path):
-    export = Task.model.fget(SimpleNamespace(out=tmp_path))  # as `rft photos` leaves it
+    export = Task.model.fget(SimpleNamespace(out=tmp_path))  # as left by `rft photos`
     (export / HUB_CONFIG).parent.mkdir()
     (export / HUB_CONFIG).touch()
     with pytest.raises(ValueError, match=rf"^{tmp_path} is not a model; did you mean {export}\?$"):
@@ -286,7 +286,7 @@ def test_the_temperature_of_other_weights_is_not_used(home, tmp_path, capsys):
 
 
 def test_importing_rft_imports_nothing_that_is_slow():
-    """Without torch, too, it says what it has."""
+    """Its attributes are also available without torch."""
     code = (
         "import sys, rft\n"
         "slow = {'torch', 'numpy', 'PIL', 'pydantic', 'fsspec', 'rich'} & set(sys.modules)\n"
@@ -295,7 +295,7 @@ def test_importing_rft_imports_nothing_that_is_slow():
         "assert not hasattr(rft, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    # what type checkers are shown
+    # the types for type checkers
     stub = Path(rft.__file__).with_suffix(".pyi").read_text()
     assert re.findall(r" as (\w+)", stub) == ["Model", "Prediction", "load"]
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: ranks measure other times, and one cannot compile; each writes its choice."""
+"""Run by torchrun: ranks measure different times, one cannot compile; each writes its choice."""
 
 import dataclasses
 import sys

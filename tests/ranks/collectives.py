@@ -1,8 +1,8 @@
 """`rft.train` under torch's profiler: rank 0 writes its collectives, step by step, to a file.
 
-The profiler sees those of rft and those of data parallelism alike, which calls them from C++. The
-optimizer's turns cut them into steps. The first step has what comes before, the last line what
-comes after the last one.
+The profiler sees the collectives of rft and those of data parallelism, which come from C++. The
+optimizer's steps delimit them. The first step includes everything before it, and the last line has
+everything after the last step.
 """
 
 import json

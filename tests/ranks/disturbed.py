@@ -1,10 +1,10 @@
-"""`rft.train`, disturbed as the environment says: a test cannot reach into its ranks.
+"""`rft.train` with disturbances from environment variables: a test cannot reach into its ranks.
 
-SECONDS: what each checkpoint takes longer. HELD: checkpoints are written only when the run ends, so
-one is under way then. NAN_AT_STEP: whose loss is NaN. In step STOP_AT_STEP the
-last rank is asked to stop, in DIE_AT_STEP it dies, in HANG_AT_STEP it hangs. BF16_RANKS: those
-whose device has native bf16. COLLECTIVES: a file, less the rank, that lists the collectives of rft
-in order. With it, ranks on CPUs have a control group, as those on GPUs do.
+SECONDS: additional time per checkpoint. HELD: checkpoints are written only when the run ends, so
+that one is pending then. NAN_AT_STEP: the step with a NaN loss. The last rank gets a stop request
+in step STOP_AT_STEP, dies in DIE_AT_STEP, hangs in HANG_AT_STEP. BF16_RANKS: ranks whose device
+has native bf16. COLLECTIVES: a file name, without the rank, for the ordered list of rft's
+collectives. With it, ranks on CPUs have a control group, like those on GPUs.
 """
 
 import functools
@@ -40,7 +40,7 @@ def recorded(name: str, call: Callable, path: Path) -> Callable:
 
 
 def hang() -> None:
-    # SIGTERM would be taken for a request to stop after this step
+    # SIGTERM would count as a request to stop after this step
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(600)
 

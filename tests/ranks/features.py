@@ -12,7 +12,7 @@ from rft.train.stop import StopRequest
 from tests import tiny
 
 CPU = torch.device("cpu")
-# the 61 training images are no multiple of the batch: some are not seen in the first epoch
+# the 61 training images are not a multiple of the batch: the first epoch omits some
 LENGTH = ("--optim.epochs", 3, "--loader.held-out", 15, "--precision", "fp32")
 
 

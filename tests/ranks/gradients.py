@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 class FixedBatches:
-    """Stands where the training data is: only these are asked for."""
+    """Stands in for the training data: only these attributes are used."""
 
     image_size = 16
     plan = types.SimpleNamespace(steps_per_epoch=1)
@@ -60,7 +60,7 @@ def build_job(world: World, recipe: str, donors: str, accumulate: int) -> Job:
 
 
 def gradients(job: Job) -> dict[str, torch.Tensor]:
-    """The gradients of the whole batch, of which this rank sees its share."""
+    """The gradients of the complete batch, of which this rank sees its share."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (BATCH, 3, 16, 16), generator=generator, dtype=torch.uint8)
     labels = torch.randint(5, (BATCH,), generator=generator)

@@ -1,4 +1,4 @@
-"""Processes that read or count beside each other, started by the tests of the data plane."""
+"""Processes that read or count in parallel, started by the tests of the data plane."""
 
 import os
 import time
@@ -45,7 +45,7 @@ def batches_of(packed: PackedDataset, plan: Plan, rank: int, world_size: int) ->
 
 
 def count(rank: int, world_size: int, port: int, url: str, out: str) -> None:
-    """One rank of an evaluation; every rank writes what it was told."""
+    """One rank of an evaluation; every rank writes its results."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -69,7 +69,7 @@ def count(rank: int, world_size: int, port: int, url: str, out: str) -> None:
 
 
 def log_ids(url: str, out: str, start: int, rank: int, world_size: int) -> None:
-    """Append the ids of each step to a file, as a training process would use them."""
+    """Append the ids of each step to a file, like a training process that uses them."""
     packed = PackedDataset(url)
     plan = plan_of(packed, 8, 2, 2)
     steps = range(start, 100 * plan.steps_per_epoch)

@@ -1,4 +1,4 @@
-"""What two ranks exchange in a step: the gradients once, and one number that decides to stop.
+"""Communication of two ranks in a step: the gradients once, and one number that decides to stop.
 
 Log lines, held-out counts and checkpoints exchange more; the steps here have none.
 """

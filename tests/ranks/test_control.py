@@ -1,4 +1,4 @@
-"""Ranks on CPUs with a separate control group, as ranks on GPUs have: gloo stands in for NCCL."""
+"""Ranks on CPUs with a separate control group, like ranks on GPUs: gloo stands in for NCCL."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def test_a_control_group_changes_no_weight(tmp_path, tiny_data, tiny_clip, ranks
         ("barrier", "control"),
         ("broadcast_object_list", "control"),
     }
-    # ranks meet before they wait for tensors, where nothing could name the one that is missing
+    # ranks meet before they wait for tensors, where a missing rank could not be named
     pairs = itertools.pairwise(called[0])
     assert {previous for previous, (_, group) in pairs if group == "tensors"} == {
         ("barrier", "control")

@@ -1,8 +1,8 @@
-"""Real processes, really hurt: the same command ends with the undisturbed run's weights.
+"""Real faults in real processes: the same command ends with the undisturbed run's weights.
 
-One try of each of these on two ranks under torchrun; benchmarks/faults.py tries all faults many
-times. What nothing happens to (the run to compare with, the end of the one that was hurt) has its
-ranks forked and reads its own batches, because torchrun and loader processes import for seconds.
+One try of each fault on two ranks under torchrun; benchmarks/faults.py tries all faults many times.
+Undisturbed parts (the run to compare with, the end of the disturbed one) use forked ranks that read
+their own batches, because torchrun and loader processes need seconds for imports.
 """
 
 import json
@@ -43,7 +43,7 @@ def bench(tmp_path_factory, worker_id) -> Bench:
         return Bench(root / "faults", RANKS, Sooner)
 
 
-# by a signal the step under way is finished; ranks without torchrun finish theirs too
+# a signal lets the current step finish; ranks without torchrun finish theirs too
 STOPS = {"SIGKILL torchrun", "SIGTERM everything"}
 KILLS = {"SIGKILL a loader process", "rank hangs"}
 
@@ -70,7 +70,7 @@ def test_the_bench_counts_what_is_lost(bench):
 
 
 def disturbed(ranks: int, data: Path, clip: str, run: Path, *more: str, **how: str):
-    """Run `rft.train` on so many ranks, disturbed (tests/ranks/disturbed.py)."""
+    """Run `rft.train` on so many ranks, with disturbances (tests/ranks/disturbed.py)."""
     words = [
         *("object-mask-single-fill", "--data", str(data), "--run-dir", str(run)),
         *("--scale", "miniature", "--model.clip", clip, "--loader.workers", "0"),
@@ -125,7 +125,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
     assert "resuming after step 5" in resumed.stdout
     told = "fills choose from 2 images now, from 3 before" in resumed.stdout
     equal = losses(run) == pytest.approx(losses(calm), rel=1e-4)
-    # where fills choose from the whole batch nothing depends on the ranks but the order of sums
+    # if fills choose from the whole batch, ranks only affect the order of sums
     assert (told, equal) == ((False, True) if donors == "global" else (True, False))
     assert losses(run)[0] == pytest.approx(losses(calm)[0], rel=1e-4)
 
@@ -157,7 +157,7 @@ def test_ranks_that_choose_differently_are_named(tmp_path, tiny_data, tiny_clip)
     assert not run.exists()
     disturbed(3, tiny_data, tiny_clip, run, "--precision", "fp32", BF16_RANKS="0 2")
     assert json.loads((run / "config.json").read_text())["precision"] == "fp32"
-    # a run that was begun, on ranks of which some would choose what it has
+    # an unfinished run, on ranks of which some would choose its precision
     (run / "training.json").unlink()
     result = disturbed(3, tiny_data, tiny_clip, run, BF16_RANKS="0 2")
     assert "ranks [1] have a different precision than rank 0" in result.stderr

@@ -1,4 +1,4 @@
-"""Ranks that read what others computed learn what they do without, bit by bit."""
+"""Ranks that read features computed by others learn exactly the same, bit by bit."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_the_weights_are_those_without(tmp_path, tiny_data, tiny_clip, ranks, re
     expected = weights(tmp_path / "none")
     assert weights(tmp_path / "kept") == expected
     assert weights(tmp_path / "apart") == expected
-    # a folder that not all ranks see is not used, which is said once
+    # a folder that not all ranks see is not used, with one message
     warnings = [line for line in complaints(result.stderr) if "features" in line]
     assert len(warnings) == 1, warnings
     assert "not every rank can read what was written to" in warnings[0]

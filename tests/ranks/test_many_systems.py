@@ -1,4 +1,4 @@
-"""Ranks that evaluate averages in memory leave the same files as one process does."""
+"""Ranks that evaluate averages in memory write the same files as one process."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_one_two_and_three_ranks_leave_the_same_bytes(tmp_path, tiny_data):
         files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
         for name, data in files.items():
             if name.endswith("results.json"):
-                # which has the command line, with another --out
+                # contains the command line, with a different --out
                 files[name] = json.loads(data) | {"provenance": {}}
         found.append(files)
     # config.json, results.json, predictions and logits of two sets

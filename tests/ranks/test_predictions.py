@@ -1,4 +1,4 @@
-"""Predictions are the same files, byte by byte, for any number of ranks and any batch size."""
+"""Predictions are byte-identical files for any number of ranks and any batch size."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ IMAGES = 4 * 38
 
 @pytest.fixture(scope="module")
 def large_data(tmp_path_factory) -> Path:
-    """A set of several forwards: the last one is not full, and of three ranks each has one."""
+    """A set of several forwards: the last one is incomplete, and each of three ranks has one."""
     root = tmp_path_factory.mktemp("large")
     write_images(root / "images", SET, IMAGES // len(LABELS.ids))
     options = Options(encoding="pixels", size=16, shard_mb=0.05, workers=1)
@@ -44,7 +44,7 @@ def large_data(tmp_path_factory) -> Path:
 
 
 def written(folder: Path, data: Path, ranks: int, *options: str) -> dict[str, bytes]:
-    """Evaluate two models; return the files that were written, results without provenance."""
+    """Evaluate two models; return the written files, results without provenance."""
     folder.mkdir()
     models = [weights(folder / f"{seed}.safetensors", seed) for seed in (0, 1)]
     words = ["rft.evaluate", *map(str, models), "--data", str(data), "--sets", SET]
@@ -84,7 +84,7 @@ def test_a_file_is_what_the_page_says(tmp_path, large_data):
     options = ("--sets", SET, "--workers", "0", "--device", "cpu", "--logits")
     call(command, model, "--data", large_data, *options)
     path = path_of(model, SET)
-    # the two lines of docs/evaluation.md
+    # the code of docs/evaluation.md
     table = pd.DataFrame(dict(np.load(path)))
     results = json.loads((tmp_path / "model.results.json").read_text())["sets"][SET]
     assert results["predictions_sha256"] == files.sha256_file(path)
@@ -94,7 +94,7 @@ def test_a_file_is_what_the_page_says(tmp_path, large_data):
     logits_NK = np.load(tmp_path / "model.predictions" / f"{SET}.logits.npy").astype(np.float64)
     assert logits_NK.shape == (IMAGES, len(LABELS.ids))
     probability_NK = np.exp(logits_NK - np.logaddexp.reduce(logits_NK, axis=1, keepdims=True))
-    # logits of half precision are good to three digits
+    # logits in half precision are accurate to three digits
     assert table["confidence"].to_numpy() == pytest.approx(probability_NK.max(axis=1), rel=0.05)
     own_N = probability_NK[np.arange(IMAGES), table["label"]]
     assert np.exp(table["log_likelihood"]).to_numpy() == pytest.approx(own_N, rel=0.05, abs=1e-6)
@@ -109,7 +109,7 @@ def test_what_is_there_is_not_made_anew(tmp_path, large_data, capsys):
     call(command, *words)
     assert "nothing to do" in capsys.readouterr().out
     assert path_of(model, SET).stat().st_mtime_ns == first
-    # of another model, or damaged: made again
+    # of a different model, or damaged: recomputed
     data = path_of(model, SET).read_bytes()
     path_of(model, SET).write_bytes(data[:-1])
     call(command, *words)
@@ -117,7 +117,7 @@ def test_what_is_there_is_not_made_anew(tmp_path, large_data, capsys):
     path_of(model, SET).unlink()
     call(command, *words)
     assert path_of(model, SET).read_bytes() == data
-    # logits were not asked for before
+    # logits were not requested before
     call(command, *words, "--logits")
     assert (tmp_path / "model.predictions" / f"{SET}.logits.npy").is_file()
     assert path_of(model, SET).read_bytes() == data

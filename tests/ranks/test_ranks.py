@@ -1,4 +1,4 @@
-"""One, two and three ranks compute the same: gradients and evaluation counts."""
+"""One, two and three ranks compute the same gradients and evaluation counts."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ EQUAL = (
     ("random-mask-single-fill", "global", 3, 1),
     ("linear-probe", "local", 2, 1),
     ("l2-sp", "local", 2, 2),
-    # the negatives of FLYP's loss are those of the whole batch, wherever they are
+    # the negatives of FLYP's loss are those of the complete batch, on any rank
     ("flyp", "local", 2, 1),
     ("flyp", "local", 3, 1),
     ("flyp-on-counterfactuals", "global", 3, 1),
@@ -33,9 +33,9 @@ EQUAL = (
     ("car-ft", "local", 2, 2),
     ("lipsum-ft", "local", 3, 1),
 )
-# with local donors a fill depends on the cut: only recipes without one can be equal
+# with local donors a fill depends on the split: only recipes without one can be equal
 DIFFERENT = ("object-mask-multi-fill", "local", 2, 1)
-WHOLE = (1, 1)  # what each is compared with: the batch in one piece
+WHOLE = (1, 1)  # each is compared with the batch in one piece
 
 Gradients = Callable[[str, str, int, int], dict[str, torch.Tensor]]
 
@@ -62,7 +62,7 @@ def gradients(tmp_path_factory) -> Gradients:
 
 
 def relative_distance(found: dict, expected: dict) -> float:
-    """The L2 norm of the difference of two whole gradients, relative to the second's."""
+    """The L2 norm of the difference of two complete gradients, relative to the second's."""
     assert found.keys() == expected.keys()
     ours, theirs = (
         torch.cat([gradient[name].flatten() for name in expected]) for gradient in (found, expected)
@@ -92,7 +92,7 @@ def test_ranks_choose_the_same_kernels(tmp_path):
     result = torchrun(2, "tests.ranks.choosing", str(tmp_path))
     found = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert found == ["layers compiled, CAM eager; tried"] * 2
-    # one line, of the main rank, names what another rank met
+    # one line of the main rank names what a different rank found
     says = "CAM compiled cannot be used here (RuntimeError: no compiler on this node); not used"
     assert (result.stdout + result.stderr).count(says) == 1
 
@@ -104,7 +104,7 @@ def test_gradients_lie_in_the_memory_that_ranks_exchange(gradients):
 
 
 def test_local_donors_depend_on_ranks(gradients):
-    # what docs/paper.md says of the donor pool, and what makes the test above able to fail
+    # the donor pool of docs/paper.md, and the reason why the test above can fail
     recipe, donors, ranks, accumulate = DIFFERENT
     found = gradients(recipe, donors, ranks, accumulate)
     assert largest_difference(found, gradients(recipe, donors, *WHOLE)) > 1e-4

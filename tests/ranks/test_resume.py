@@ -1,4 +1,4 @@
-"""A killed run, started again, ends with the undisturbed run's weights, bit for bit."""
+"""A killed run that is restarted ends with the undisturbed run's weights, bit for bit."""
 
 import functools
 import json
@@ -87,7 +87,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, calm, 
     reached = killed / "checkpoints" / "step-00000012.pt"
     kill_when(command, lambda: reached.exists())
     assert not (killed / "training.json").exists()
-    # who reads the batches changes nothing
+    # the number of readers changes nothing
     tiny.train(recipe, tiny_data, tiny_clip, killed, *options, ranks=ranks)
     assert (killed / "training.json").exists()
     assert outcome(killed) == outcome(calm(ranks, *run))

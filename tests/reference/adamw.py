@@ -1,4 +1,4 @@
-"""AdamW as Loshchilov and Hutter's algorithm 2 has it, in float64."""
+"""AdamW following Loshchilov and Hutter's algorithm 2, in float64."""
 
 import numpy as np
 

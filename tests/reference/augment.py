@@ -1,4 +1,4 @@
-"""One training image augmented as torchvision does it, with its own functions."""
+"""Augmentation of one training image with torchvision's own functions."""
 
 import numpy as np
 from PIL import Image

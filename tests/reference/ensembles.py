@@ -1,4 +1,4 @@
-"""Merges and ensembles written out one tensor, image and component at a time, in plain Python.
+"""Merges and ensembles, one tensor, image and component at a time, in plain Python.
 
 Slow and obvious on purpose; `rft.method.averaging` and `rft.method.ensembling` must equal it.
 """
@@ -10,7 +10,7 @@ Vector = Sequence[float]
 
 
 def cosine(one: Vector, other: Vector) -> float:
-    """The cosine of two vectors; 0 where one of them has no direction."""
+    """The cosine of two vectors; 0 if one of them is zero."""
     norms = math.hypot(*one) * math.hypot(*other)
     return math.fsum(a * b for a, b in zip(one, other, strict=True)) / norms if norms else 0.0
 
@@ -59,7 +59,7 @@ def entropy(logits: Vector, temperature: float = 1.0) -> float:
 
 
 def dawin_coefficients(zero_shot: Sequence[Vector], fine_tuned: Sequence[Vector]) -> list[float]:
-    """The share of the fine-tuned model for each image of a set, from the whole set's entropies."""
+    """The fine-tuned model's share for each image of a set, from the complete set's entropies."""
     h_zs, h_ft = [entropy(z) for z in zero_shot], [entropy(z) for z in fine_tuned]
     mean_zs, mean_ft = (math.fsum(h) / len(h) for h in (h_zs, h_ft))
     offset = (_sd(h_zs) / mean_zs + _sd(h_ft) / mean_ft) / 2

@@ -6,7 +6,7 @@ from rft import rng
 
 
 def choose(labels: Mapping[str, int], shots: int, seed: int) -> set[str]:
-    """The ids that are trained on, of the ids that are not held out and their classes."""
+    """The training ids, from the ids that are not held out and their classes."""
     chosen = set()
     for label in set(labels.values()):
         ids = [one for one, its in labels.items() if its == label]

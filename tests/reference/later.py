@@ -1,4 +1,4 @@
-"""Terms of methods after the paper, one image and one text at a time, as their formulas read."""
+"""Terms of methods after the paper, one image and one text at a time, following their formulas."""
 
 import math
 
@@ -30,7 +30,7 @@ def random_text_distance(student: Tensor, teacher: Tensor, texts: Tensor) -> Ten
 
 
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """FLYP's loss of a whole batch: two softmaxes for each pair."""
+    """FLYP's loss of a complete batch: two softmaxes per pair."""
     found = []
     for n in range(len(images)):
         across = torch.stack([scale * unit(images[n]) @ unit(text) for text in texts])

@@ -1,4 +1,4 @@
-"""Pixels looked at one by one: Table 2's metrics as the appendix words them, EXIF orientation."""
+"""Pixel-by-pixel references: Table 2's metrics as the appendix words them, EXIF orientation."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
-"""The method as the paper and the released code describe it: one image at a time, nothing shared.
+"""The method as in the paper and the released code: one image at a time, nothing shared.
 
-Slow and obvious on purpose; the fast path must equal it. Attention probabilities are formed and
-kept for every layer, the relevance matrix R is built in full, and pixels are refilled before the
-tower sees them.
+Slow and obvious on purpose; the fast path must equal it. Attention probabilities are stored for
+every layer, the relevance matrix R is built in full, and pixels are refilled before the tower sees
+them.
 """
 
 import torch

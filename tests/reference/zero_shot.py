@@ -1,4 +1,4 @@
-"""The zero-shot head as the papers describe it: one prompt at a time, sums written out."""
+"""The zero-shot head as in the papers: one prompt at a time, with explicit sums."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Synthetic run folders: invented numbers, for tests only."""
+"""Synthetic run folders with invented numbers, for tests only."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def predict(
     labels: dict[str, np.ndarray] | None = None,
     scaled: bool = False,
 ) -> None:
-    """Give a run predictions that are right where `rights` says, (N,) of each set; no model's."""
+    """Give a run synthetic predictions that are correct where `rights` is true, (N,) per set."""
     counts = json.loads((run / "results.json").read_text())["sets"]
     for name, right_N in rights.items():
         draws = np.random.default_rng([salt, *run.name.encode(), *name.encode()])
@@ -120,7 +120,7 @@ def make_predicted(
     sets: tuple[str, ...] = TEST_SETS,
     **config: Any,
 ) -> Path:
-    """A run with predictions; all runs have the same easy and hard images."""
+    """A run with predictions; all runs share easy and hard images."""
     run = make_run(folder, recipe, seed, percent=(), **config)
     rights = {}
     for place, name in enumerate(sets):
@@ -138,11 +138,11 @@ def make_weights(
     tilt: float = 0.0,
     step: str = "250",
 ) -> Path:
-    """Write the selected weights of a run: the header is rft's, the tower is left out."""
+    """Write the selected weights of a run: rft's header without the tower."""
     classes = Classes(ids=ids, names=tuple(f"a {name}" for name in ids))
     head = np.full((len(ids) or 2, 3), tilt, dtype=np.float32)
     entries: dict[str, Any] = {"recipe": recipe, "step": step}
-    if ids:  # weights of an older rft name no classes
+    if ids:  # weights of an older rft do not name classes
         entries["classes"] = dataclasses.asdict(classes)
     header = {"rft": json.dumps(entries)}
     path = run / SELECTED
@@ -154,7 +154,7 @@ def make_weights(
 def make_metrics(
     recipe: str, seed: int, *, distils: bool, steps: int = 250
 ) -> list[dict[str, float]]:
-    """Lines as rft.train writes them: losses every 5 steps, held-out counts every 25."""
+    """Rows like those of rft.train: losses every 5 steps, held-out counts every 25."""
     rng = np.random.default_rng([seed, *recipe.encode()])
     shift = 0.1 * (len(recipe) % 7)
     lines: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""Alarms: where fine-tuning lost, where it collapsed, where a test proves nothing."""
+"""Alarms: fine-tuning lost accuracy, predictions collapsed, a test set proves nothing."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_a_significant_loss_against_zero_shot_is_an_alarm(tmp_path):
     (line,) = found(zero_shot, worse, equal)
     assert line.startswith("vanilla lost accuracy against zero-shot on test: -")
     assert "95% interval -" in line
-    # it stands first among the warnings of the page
+    # it comes first among the warnings of the page
     report = compose(load_runs([zero_shot, worse]), draw=False)
     assert report.summary.warnings[0] == line
 
@@ -45,7 +45,7 @@ def test_a_gain_and_a_report_without_zero_shot_have_none(tmp_path):
 def test_few_predicted_classes_are_a_collapse(tmp_path, classes, predicted, alarmed):
     run = make_run(tmp_path, "vanilla", percent=())
     label_N = np.arange(60) % classes
-    # all images of the first classes are right, the others are taken for the next
+    # all images of the first classes are right, the others are taken for the next class
     right_N = label_N < predicted
     predict(run, {"test": right_N}, classes=classes, labels={"test": label_N})
     path = path_of(run, "test")

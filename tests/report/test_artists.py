@@ -1,4 +1,4 @@
-"""What the pictures plot, by matplotlib's own objects: which number lies on which axis."""
+"""The plotted data, read from matplotlib's own objects: which number is on which axis."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ POINTS = {
     "object-mask-single-fill": [(77.0, 53.0), (78.0, 53.2)],
 }
 MEAN = {"zero-shot": (63, 48), "vanilla": (76, 45), "object-mask-single-fill": (77.5, 53.1)}
-# of two values the sample deviation is their distance over the root of two
+# the sample deviation of two values is their distance over the root of two
 SPREAD = {
     "zero-shot": (0, 0),
     "vanilla": (2 / 2**0.5, 10 / 2**0.5),
@@ -46,7 +46,7 @@ def rows(points=POINTS):
 
 
 def marks(figure: Figure) -> dict[str, ErrorbarContainer]:
-    """The marks by the recipe that has their look."""
+    """The marks, by the recipe with their look."""
     (axes,) = figure.axes
     found = {}
     for container in axes.containers:

@@ -1,4 +1,4 @@
-"""The page in Chromium: what its script does, and that nothing of it leaves the page."""
+"""The page in Chromium: its script works, and makes no requests."""
 
 import contextlib
 import csv
@@ -79,7 +79,7 @@ def forty(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def opened(browser, path: Path, viewport=DESK, **options) -> Iterator:
-    """Open a page; at the end, nothing was printed, raised or requested from beyond it."""
+    """Open a page; at the end, nothing was printed, raised or requested from outside."""
     context = browser.new_context(viewport=viewport, **options)
     page = context.new_page()
     page.set_default_timeout(20_000)
@@ -144,7 +144,7 @@ def test_a_header_sorts_by_numbers_and_back(browser, small):
         assert "8.3" in column(page, 3)
         page.locator("#accuracy thead button").first.click()
         assert names(page) == sorted(before)
-        # another column takes over
+        # a different column takes over
         page.locator("#accuracy thead button").nth(2).click()
         assert page.locator("#accuracy [aria-sort=ascending]").count() == 0
         assert page.locator("#accuracy [aria-sort=descending]").count() == 1
@@ -177,7 +177,7 @@ def test_differences_to_any_row_are_those_of_the_file(browser, small):
             for line in lines:
                 sign = 1 if line["against"] == other else -1
                 key = line["recipe"] if sign == 1 else line["against"]
-                # the file has all rows, those of a path over alpha too
+                # the file has all rows, including those of a path over alpha
                 if other not in (line["against"], line["recipe"]) or key not in recipes:
                     continue
                 value, low, high = (
@@ -194,7 +194,7 @@ def test_differences_to_any_row_are_those_of_the_file(browser, small):
             assert all(len(parts) == 1 and "*" not in parts[0] for parts in found.values())
             assert against or found["mine", heads[0]][0].startswith("-")
         assert marks > 0
-        # sorting is by what is shown
+        # sorting uses the displayed values
         select.select_option(label="difference to no-mask")
         page.locator("#accuracy thead th:nth-child(9) button").click()
         shown = column(page, 9)
@@ -233,7 +233,7 @@ def test_a_row_under_the_pointer_is_highlighted_everywhere(browser, small):
         assert tip.is_hidden()
         page.keyboard.press("Escape")
         assert lit(page) == set()
-        # a curve, at a place where it is above the others, and a panel beside its lines
+        # a curve, at a point where it is above the others, and a panel beside its lines
         curves = page.locator("[data-figure=curves]")
         curves.scroll_into_view_if_needed()
         x, y = curves.evaluate(
@@ -358,7 +358,7 @@ def test_frames_are_shown_one_at_a_time(browser, small):
 def test_the_keyboard_reaches_everything_in_few_steps(browser, forty):
     with opened(browser, forty) as page:
         stops = [""]
-        # from the top, until the runs, which are opened one by one
+        # from the top, except the runs, which are opened one by one
         while stops[-1] != "Runs" and len(stops) < 60:
             page.keyboard.press("Tab")
             stops.append(
@@ -371,7 +371,7 @@ def test_the_keyboard_reaches_everything_in_few_steps(browser, forty):
         assert stops[-1] == "Runs"
         assert 15 < len(found) < 32, found
         page.locator("#accuracy select").focus()
-        page.keyboard.press("Tab")  # what scrolls
+        page.keyboard.press("Tab")  # the scrolling elements
         page.keyboard.press("Tab")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowRight")
@@ -453,13 +453,13 @@ def test_a_phone_sees_all_of_it(browser, small, forty):
             assert left["width"] < PHONE["width"] / 2
             assert left["x"] + left["width"] <= right["x"]
             assert right["x"] + right["width"] <= PHONE["width"]
-            # what is above and below a table is not scrolled with it, and as wide as the text
+            # text above and below a table does not scroll with it, and has the width of the text
             box_of_title = page.locator("#accuracy h2").bounding_box()
             for part in ("#accuracy caption span", "#accuracy select"):
                 box = page.locator(part).bounding_box()
                 assert box["x"] >= box_of_title["x"] - 0.5
                 assert box["x"] + box["width"] <= box_of_title["x"] + box_of_title["width"] + 0.5
-            # no other one covers the last
+            # no other one covers the last one
             page.locator("[data-figure=scatter] .point").last.tap()
             assert page.locator(".tip").is_visible()
             box = page.locator(".tip").bounding_box()
@@ -477,7 +477,7 @@ def headings_of(data: bytes) -> str:
     return b"\n".join(texts).decode("latin-1")
 
 
-# widths of what is printed upright and lying, in pixels of CSS: A4 without margins of 12 mm
+# widths of upright and landscape prints, in CSS pixels: A4 without margins of 12 mm
 WIDTHS = {"": round((210 - 24) / 25.4 * 96), ".wide ": round((297 - 24) / 25.4 * 96)}
 
 
@@ -488,7 +488,7 @@ def test_a_print_has_whole_tables_and_no_controls(browser, small, forty, tmp_pat
             assert data.startswith(b"%PDF")
             boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", data)
             assert len(boxes) > 2
-            # tables of every row against every other lie on their side
+            # tables of every row against every other are printed in landscape
             lying = [float(width) > float(height) for width, height in boxes]
             assert any(lying)
             assert not all(lying)
@@ -506,7 +506,7 @@ def test_a_print_has_whole_tables_and_no_controls(browser, small, forty, tmp_pat
                 for table in tables.all():
                     if part or not table.evaluate("one => Boolean(one.closest('.wide'))"):
                         assert table.bounding_box()["width"] <= width + 1
-            # numbers are opened for a print; the paper's rows are not
+            # numbers are expanded for a print; the paper's rows are not
             assert page.locator(".matrix:visible").count() == 2
             assert page.locator(".beside:visible").count() == 0
 
@@ -542,7 +542,7 @@ def test_hostile_names_are_names(browser, tmp_path):
 
 
 def rename(run: Path, recipe: str) -> None:
-    """Give a run another recipe, which its folder could not have for a name."""
+    """Give a run a different recipe, with a name that its folder could not have."""
     edit(run / "config.json", recipe=recipe)
     edit(run / "results.json", checkpoint_sha256=files.sha256_file(make_weights(run, recipe)))
 

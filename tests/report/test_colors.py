@@ -1,4 +1,4 @@
-"""Colours that can be read on both grounds."""
+"""Colours that are readable on light and dark backgrounds."""
 
 import pytest
 

@@ -39,7 +39,7 @@ def test_printed_average_is_the_mean_of_the_five(row):
     ],
 )
 def test_the_columns_add_up_to_the_papers(rows, sums):
-    # the average of a row checks five of its numbers; ImageNet's column has no other check
+    # a row's average checks five of its numbers; ImageNet's column has no other check
     columns = zip(*(row.percent for row in rows), strict=True)
     assert [round(sum(value or 0 for value in column), 1) for column in columns] == sums
 
@@ -97,7 +97,7 @@ def test_ours_stands_above_the_papers_and_what_was_not_run_alone():
     assert [recipe for recipe, _, _ in lines][:4] == ["zero-shot", "vanilla", "", "wise-ft-0.5"]
     assert [source for _, source, _ in lines[1:3]] == ["here", "paper"]
     ours, theirs = texts(table)[1:3]
-    # the points stand below each other: a figure space is as wide as a digit
+    # the decimal points are aligned: a figure space is as wide as a digit
     spread = " \u00b1 0.0"
     assert ours == ["\u20079.0" + spread, *(f"{value:.1f}{spread}" for value in (*ALL[1:], 40))]
     assert theirs == ["75.9", "64.7", "57.0", "39.8", "39.5", "20.0", "44.2"]

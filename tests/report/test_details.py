@@ -1,4 +1,4 @@
-"""Tables and files of what predictions say: each number stands where its heading says."""
+"""Tables and files derived from predictions: each number is below its heading."""
 
 import csv
 import io
@@ -185,7 +185,7 @@ def test_latex_shows_names_as_they_are():
             run_of("a_b & 5% $x^2$ {~\\#}", percent=(70, 60)),
             run_of("vanilla", percent=(71, 50)),
             run_of("no-mask", percent=(60,)),
-            # a line that begins with a bracket or star would be an option of the one before
+            # a line that begins with a bracket or star would be an option of the preceding line
             run_of("[x] `a--b---c`", percent=(60,)),
             run_of('*"', percent=(60,)),
         ]

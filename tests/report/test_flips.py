@@ -1,4 +1,4 @@
-"""The images behind a class: the right ones, within bounds, of the data that were evaluated."""
+"""The images behind a class: the correct ones, bounded, from the evaluated data."""
 
 import base64
 import io
@@ -136,7 +136,7 @@ class Shown(HTMLParser):
     def has_colour(self, picture: tuple[str, str], name: str = SET) -> bool:
         text, number = picture
         pixels_HWC = np.asarray(self.image(number).convert("RGB"), dtype=float)
-        # blocks at the edges have something of the frame
+        # blocks at the edges contain part of the frame
         inside_HWC = pixels_HWC[20:-20, 20:-20]
         return np.abs(inside_HWC - colour_of(text.split(",")[0], name)).max() < 8
 
@@ -180,7 +180,7 @@ def pair(data, tmp_path):
 
 @pytest.mark.parametrize("data", ["original", "pixels"], indirect=True)
 def test_the_pictures_are_the_images_that_flipped(pair, data):
-    """By the change of the label's likelihood, then by key; each as its colour and its shape."""
+    """By the change of the label's likelihood, then by key; each with its colour and shape."""
     page = shown(pair, data)
     assert page.keys() == [*keys(0, 5, 1, 3), *keys(1, 2)]
     assert page.kinds == [
@@ -190,7 +190,7 @@ def test_the_pictures_are_the_images_that_flipped(pair, data):
         is_original = data.parent.name.startswith("original")
         assert page.image(picture[1]).size == ((96, 63) if is_original else (64, 64))
         assert page.has_colour(picture)
-        # the terms of ObjectNet, whose packed images have none
+        # ObjectNet's terms, whose packed images have no frame
         assert page.is_framed(picture[1])
     text, _ = page.pictures[0]
     assert text == "n00000000_5, a cat, ImageNet; vanilla: a dog; no-mask: a cat"
@@ -246,7 +246,7 @@ def test_of_several_seeds_those_count_that_have_it_right_more_often(data, tmp_pa
 
 
 def test_an_average_has_the_images_of_all_its_sets(data, tmp_path):
-    """Sets that are declared OOD; each image is of the set in which it flipped."""
+    """Sets that are declared OOD; each image is from the set in which it flipped."""
     wrong = {"garden": keys(0, 3), "zoo": keys(0, 8)}
     runs = [
         make(
@@ -273,7 +273,7 @@ def test_a_page_is_bounded(pair, data, monkeypatch):
     text = page_of(pair, data)
     # the first of both classes, before the second of one
     assert Shown(text).keys() == [*keys(0, 5), *keys(1, 2)]
-    assert "The page has no room for 1 more of them." in text
+    assert "The page has no space for 1 more images." in text
     monkeypatch.undo()
     sizes = {text.split(",")[0]: len(base64.b64decode(everything.sheet[name]))
              for text, name in everything.pictures}  # fmt: skip
@@ -281,7 +281,7 @@ def test_a_page_is_bounded(pair, data, monkeypatch):
     monkeypatch.setattr(flips, "BYTES", sizes[first] + sizes[second])
     text = page_of(pair, data)
     assert Shown(text).keys() == [first, second]
-    assert "The page has no room for 2 more of them." in text
+    assert "The page has no space for 2 more images." in text
 
 
 def test_large_thumbnails_stay_small():
@@ -293,7 +293,7 @@ def test_large_thumbnails_stay_small():
 
 
 def test_other_data_are_refused(pair, data, tmp_path):
-    """Of the same images, whose manifest is a different one."""
+    """Of the same images, with a different manifest."""
     found = read_source(SET, data.parent / SET, LABELS)
     options = Options(encoding="jpeg", size=32, shard_mb=1, workers=1)
     assert pack_source(found, str(tmp_path / "other"), LABELS, options)
@@ -322,7 +322,7 @@ def test_a_set_that_is_missing_is_named(data, tmp_path, capsys):
     assert "Images of zoo are not shown" in text
     (warning,) = tiny.complaints(capsys.readouterr().err)
     assert warning == (
-        f"WARNING: {tmp_path}/root has no packed set zoo, so none of its images is shown"
+        f"WARNING: {tmp_path}/root has no packed set zoo, so its images are not shown"
     )
 
 
@@ -337,7 +337,7 @@ def test_a_broken_image_is_named_and_left_out(pair, data, tmp_path, capsys):
     tar.write_bytes(content)
     assert shown(pair, root).keys() == [*keys(0, 5, 3), *keys(1, 2)]
     (warning,) = tiny.complaints(capsys.readouterr().err)
-    assert "an image is not shown: damaged bytes (crc32 mismatch)" in warning
+    assert "image not shown: damaged bytes (crc32 mismatch)" in warning
     assert "'n00000000_1'" in warning
     tar.unlink()
     with pytest.raises(ValueError, match="missing shard"):
@@ -345,7 +345,7 @@ def test_a_broken_image_is_named_and_left_out(pair, data, tmp_path, capsys):
 
 
 def test_predictions_of_other_images_are_refused(pair, data, tmp_path):
-    """Both runs agree with each other, and not with the data."""
+    """Both runs agree with each other, but not with the data."""
     for run in pair:
         where = path_of(run, SET)
         rows = predictions.read(where, 24)

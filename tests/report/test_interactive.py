@@ -1,4 +1,4 @@
-"""What the page's script reads, and that it alone may run."""
+"""The inputs of the page's script, and that only this script may run."""
 
 import base64
 import csv
@@ -67,7 +67,7 @@ def test_differences_of_many_sets_are_bounded(tmp_path, monkeypatch):
 
 def test_the_policy_names_the_script_that_is_there(report):
     text = render(report)
-    # as a browser reads it: from the tag to the first end tag
+    # as in a browser: from the tag to the first end tag
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)

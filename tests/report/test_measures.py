@@ -1,4 +1,4 @@
-"""What predictions say of rows and pairs is what a plain computation says; files must agree."""
+"""Statistics of rows and pairs from predictions equal a plain computation; files must agree."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_different_seeds_are_compared_each_with_each(world):
 
 @pytest.mark.slow
 def test_equal_seeds_are_paired_whatever_their_order(tmp_path):
-    """A file of a run may be named by any seed; pairs go by the number."""
+    """A run's file may be named by any seed; pairs are matched by number."""
     one = [make_predicted(tmp_path / "a", "vanilla", seed) for seed in (0, 1)]
     two = [make_predicted(tmp_path / "b", "no-mask", seed) for seed in (1, 0)]
     _, found = measured([*one, *two])
@@ -200,7 +200,7 @@ def test_runs_without_predictions_have_counts_alone(tmp_path):
     assert found.without == (runs[0],)
     assert {row for row, _ in found.sets} == {"no-mask"}
     assert found.pairs == {}
-    # one seed of two: the mean over seeds would be of something else
+    # one seed of two: the mean over seeds would be a different quantity
     half = make_run(tmp_path, "no-mask", 1, percent=(70, 60, 50, 40, 30, 20), total=60)
     _, found = measured([old, new, half])
     assert found.sets == {}
@@ -236,8 +236,8 @@ def test_runs_of_different_keys_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"correct": 1}, "images right, results.json says 1; evaluate the run again"),
-        ({"predictions_sha256": "0" * 64}, "is not the file that results.json was written with"),
+        ({"correct": 1}, "right predictions, results.json has 1; evaluate the run again"),
+        ({"predictions_sha256": "0" * 64}, "was changed after results.json was written"),
     ],
 )
 def test_predictions_that_do_not_belong_are_refused(tmp_path, changes, message):
@@ -251,7 +251,7 @@ def test_predictions_that_do_not_belong_are_refused(tmp_path, changes, message):
 
 
 def declare(path, *names):
-    """Let sets of a run be declared OOD when they were packed."""
+    """Make sets of a run declared OOD sets."""
     sets = json.loads((path / "results.json").read_text())["sets"]
     for name in names:
         sets[name]["ood"] = True
@@ -259,7 +259,7 @@ def declare(path, *names):
 
 
 def test_declared_sets_count_into_an_average_of_their_own(tmp_path):
-    """The benchmarks' average stays what it is; a row has the other if it has all of its sets."""
+    """The benchmarks' average does not change; a row with all declared sets has the other one."""
     sets = (*TEST_SETS, "garden", "zoo")
     paths = [make_predicted(tmp_path, name, sets=sets) for name in ("vanilla", "no-mask")]
     few = make_predicted(tmp_path, "zero-shot")
@@ -293,7 +293,7 @@ def test_declared_sets_count_into_an_average_of_their_own(tmp_path):
     assert "OOD avg (6 sets) is the unweighted mean of V2, R, Sketch, ObjectNet, A, zoo." in (
         report.tables[0].caption
     )
-    assert "No OOD avg (6 sets), for lack of a set: zero-shot." in report.summary.warnings
+    assert "No OOD avg (6 sets) because a set is missing: zero-shot." in report.summary.warnings
 
 
 def test_own_sets_have_an_average_where_several_are_declared(tmp_path):
@@ -323,7 +323,7 @@ def test_a_set_that_is_too_large_is_counted_and_not_measured(tmp_path, monkeypat
 
 
 def with_domains(path, name, domains, label_N):
-    """Name a run's images as packing does those of domains: several versions of each image."""
+    """Name a run's images like those of domains: several versions of each image."""
     rows = rows_of(path, name)
     images = len(rows.key) // len(domains)
     domain_N = np.repeat(domains, images)
@@ -376,12 +376,14 @@ def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
     expected = paired.bootstrap([own_SU[1] - own_SU[0]], seed=5).interval
     width = expected.high - expected.low
     assert pair.difference.interval == pytest.approx(expected, abs=0.1 * width)
-    # images are counted one by one, and no test takes them for independent ones
+    # images are counted one by one, and no test treats them as independent
     gain_N = right_SN[seeds:].mean(axis=0) - right_SN[:seeds].mean(axis=0)
     assert (pair.gained, pair.lost) == ((gain_N > 0).sum(), (gain_N < 0).sum())
     assert pair.mcnemar == ()
     report = compose(runs, draw=False)
-    assert any("c: images of one name in several domains" in one for one in report.summary.warnings)
+    assert any(
+        "c: for intervals, images with the same name" in one for one in report.summary.warnings
+    )
     assert details.differences_csv(report.rows, report.measures).splitlines()[1].endswith(",")
 
 
@@ -397,16 +399,16 @@ def test_files_of_one_name_in_two_classes_are_different_images():
     found = Units.of(rows)
     assert found.number_N.tolist() == [0, 0, 1, 1]
     assert found.size_U.tolist() == [2, 2]
-    # packing adds a hash where names are not distinct
+    # packing adds a hash if names are not distinct
     hashed = [f"{domain}_1-{n:016x}" for n, domain in enumerate(("fog", "snow", "fog", "snow"))]
     assert Units.of(replace(rows, key=np.array(hashed))).size_U.tolist() == [2, 2]
-    # no image has another version
+    # no image has a second version
     assert Units.of(replace(rows, key=np.array(["fog_1", "snow_2", "fog_3", "snow_4"]))) is None
     assert Units.of(replace(rows, domain=None)) is None
 
 
 def test_names_that_repeat_by_chance_make_no_interval_narrow(tmp_path):
-    """A photo of each class at each of many places, all called 0.jpg, is two units."""
+    """A photo of each class at many places, all called 0.jpg, is two units."""
     path = make_predicted(tmp_path, "vanilla", sets=("places",), images=400)
     rows = rows_of(path, "places")
     domain_N = np.repeat([f"site{n}" for n in range(200)], 2)
@@ -462,7 +464,7 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     for row in report.rows:
         mean = (row.cells["imagenet-r"].mean + row.cells[column].mean) / 2
         assert row.cells[average].mean == pytest.approx(mean)
-        # drawing images says nothing of a worst domain
+        # drawing images gives no interval for a worst domain
         assert details.interval(report.measures, row.name, average) is None
     assert tables.pair_of(report.measures, "no-mask", "vanilla", average) is None
     assert tables.pair_of(report.measures, "no-mask", "vanilla", "wilds") is not None
@@ -473,9 +475,9 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     grid = details.statistics_grid(report.shown, report.measures, average)
     assert grid.header[0] == "score"
     assert details.matrix(report.shown, report.measures, average) == []
-    assert "a declared score has no interval" in report.summary.conclusions[1]
+    assert "declared scores have no intervals" in report.summary.conclusions[1]
     render(report)
-    # of one set alone, too, its score is what it is known by
+    # for one set alone, its score is used too
     for path in paths:
         counts = json.loads((path / "results.json").read_text())["sets"]
         edit(path / "results.json", sets={"wilds": counts["wilds"]})
@@ -483,7 +485,7 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     assert tables.target(report.rows) == column
     best, against = report.summary.conclusions
     assert best.startswith("Highest wilds, worst-domain: no-mask, 37.5%")
-    assert "a declared score has no interval" in against
+    assert "declared scores have no intervals" in against
 
 
 def test_a_mean_over_domains_of_one_size_is_top1(tmp_path):

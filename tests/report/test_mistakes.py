@@ -1,4 +1,4 @@
-"""Where a row is wrong: counted by hand, bounded, and on the page."""
+"""A row's mistakes: counted by hand, bounded, and on the page."""
 
 from collections import Counter
 
@@ -108,5 +108,5 @@ def test_the_page_has_them_for_the_rows_that_are_shown(tmp_path):
         found = report.measures.sets[name, "imagenet-val"].mistakes
         assert f"{name} on ImageNet: {found.wrong} wrong" in text
         assert found.confident[0].key in text
-    # no set lies there: nothing is shown, and that it is absent is said of other images
+    # the set is missing: nothing is shown, and the message about its absence is for other images
     assert mistakes_of(report, str(tmp_path), MAX_PIXELS) == Pictures()

@@ -1,4 +1,4 @@
-"""The report as a whole: its files, its page, its command line."""
+"""The complete report: its files, its page, its command line."""
 
 import re
 import shlex
@@ -101,7 +101,7 @@ def test_frames_of_the_training_are_in_their_order(paths, tmp_path):
     images = [attributes for tag, attributes in page.tags if tag == "img"][1:]
     assert [image["src"].partition(",")[0] for image in images] == 3 * ["data:image/webp;base64"]
     assert [image["alt"].partition(":")[0] for image in images] == labels
-    # the last one is seen without a script and without a click
+    # the last one is visible without a script and without a click
     frames = text[text.index('<div class="frames">') :]
     assert frames.index("step 100") < frames.index("</details>") < frames.index("step 200")
     assert_no_reference(page)
@@ -109,7 +109,7 @@ def test_frames_of_the_training_are_in_their_order(paths, tmp_path):
 
 def assert_no_reference(page: Page) -> None:
     assert not {"link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
-    # the data, and the script that the page's policy names; a third would be of a file
+    # the data, and the script named in the page's policy; a third one would be a file's
     assert [attributes for tag, attributes in page.tags if tag == "script"] == [
         {"type": "application/json", "id": "page-data"},
         {},
@@ -157,7 +157,7 @@ def test_what_cannot_be_drawn_is_said_and_does_not_stay(paths, tmp_path):
     other = make_run(tmp_path / "other", "mine", percent=(70, 60), metrics=False)
     write_report([other], out)
     assert {path.name for path in out.iterdir()} == DOCUMENTS - {"paper.md", "paper.csv"}
-    assert "Beside the paper" not in (out / "index.html").read_text()
+    assert "Comparison with the paper" not in (out / "index.html").read_text()
 
 
 def test_a_report_of_own_sets_has_their_columns_and_no_paper(tmp_path):
@@ -169,7 +169,7 @@ def test_a_report_of_own_sets_has_their_columns_and_no_paper(tmp_path):
     text = write_report(paths, out).text()
     assert "recipe  n garden  zoo" in text
     page = Page((out / "index.html").read_text())
-    assert "Beside the paper" not in page.text
+    assert "Comparison with the paper" not in page.text
     assert "Highest garden: no-mask" in page.text
     assert "OOD avg" not in page.text
     assert {path.name for path in out.iterdir()} >= {"differences.csv", "per_class.csv"}
@@ -195,11 +195,11 @@ def test_the_chosen_model_comes_first_and_photos_have_their_names(tmp_path):
     wrong = re.findall(r"(\S+)(?: \(chosen\))? on zoo: [\d,]+ wrong", page.text)
     assert wrong == ["no-mask", "zero-shot", "vanilla"]
     assert "bär/größe 1.jpg" in page.text
-    # own sets: nothing of the paper's experiment, and against the untrained model first
-    assert "In distribution against out of distribution" not in page.text
+    # own sets: no part of the paper's experiment, and compared with the untrained model first
+    assert "Out-of-distribution over in-distribution accuracy" not in page.text
     assert "Counterfactual images" not in page.text
     assert "no-mask: classes against zero-shot" in page.text
-    with pytest.raises(ValueError, match="is none of the runs"):
+    with pytest.raises(ValueError, match="is not among the runs"):
         compose(load_runs(paths), draw=False, chosen=tmp_path / "data")
 
 
@@ -223,14 +223,14 @@ def test_predictions_give_every_part_of_the_page(tmp_path):
     ):
         assert title in page.text
     assert re.search(r"\+\d\d\.\d points over vanilla \(95% interval \+.*: significant", page.text)
-    # what a script would tie together: a table's line, a point and its label, a curve
+    # the elements that a script links: a table's row, a point and its label, a curve
     ids = {attributes["data-row"] for _, attributes in page.tags if "data-row" in attributes}
     assert len(ids) == 2
-    # the text of a label lies in a g, too
+    # the text of a label is in a g, too
     for kind in ("g", "tr", "details"):
         tied = {a["data-row"] for tag, a in page.tags if tag == kind and "data-row" in a}
         assert tied == ids, kind
-    # what lacks predictions is named, and so is what that costs
+    # rows without predictions are named, and the consequences
     (paths[0] / "predictions" / "imagenet-r.npz").unlink()
     write_report(paths, out)
     page = Page((out / "index.html").read_text())
@@ -355,7 +355,7 @@ def test_command_line_ends_with_the_page(paths, tmp_path):
     lines = done.stdout.splitlines()
     assert any(line.startswith("vanilla  ") for line in lines)
     assert lines[-1] == str(tmp_path / "report" / "index.html")
-    # of several trained models it names none: test images would choose
+    # with several trained models it names none: test images would choose
     assert "next:" not in done.stdout
 
 

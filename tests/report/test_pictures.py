@@ -1,4 +1,4 @@
-"""Pictures: what they draw, where and how; the donor map on pixels; label places."""
+"""Figures: contents, positions and sizes; the donor map in pixels; positions of labels."""
 
 import io
 import math
@@ -119,7 +119,7 @@ def test_models_made_of_others_have_their_colour():
 
 
 def marks_of(monkeypatch, draw, rows):
-    """The marks and lines that a function would draw."""
+    """The marks and lines that a function draws."""
     monkeypatch.setattr(plots, "_picture", lambda marks, lines: (marks, lines))
     return draw(rows)
 
@@ -139,7 +139,7 @@ def test_a_path_goes_from_zero_shot_to_the_fine_tuned_end():
     paths = plots.wise_paths({*SWEEP, *ours, "zero-shot", "vanilla", "no-mask"})
     assert paths == {
         "wise-ft": ["zero-shot", *SWEEP[1:10], "vanilla"],
-        # its fine-tuned end is not there
+        # its fine-tuned end is missing
         "wise-object-mask-single-fill": ["zero-shot", *ours[::-1]],
     }
     assert plots.wise_paths(set(SWEEP)) == {"wise-ft": SWEEP}
@@ -155,7 +155,7 @@ def test_what_the_wise_picture_draws(monkeypatch):
     }  # fmt: skip
     alphas = [mark.label for mark in marks if mark.minor]
     assert alphas == ["0.1", "0.2", "0.3", "0.4", "0.6", "0.7", "0.8", "0.9"]
-    path, student = lines  # wise-kd-lost has no fine-tuned end to come from
+    path, student = lines  # wise-kd-lost has no fine-tuned end
     assert [x for x, _ in path.through] == [70, *range(71, 80), 70]
     assert student.through == ((70, 40), (70, 40))
     assert (path.dashes, student.dashes) == (plots.SOLID, plots.DOTTED)
@@ -278,7 +278,7 @@ def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
         rows = result_rows([run_of("\u4e00\u4e01\U0001f3f4\U000e0067", percent=ALL)])
         assert plots.scatter(rows)
     (line,) = unstamped(capsys.readouterr().err).splitlines()
-    assert re.fullmatch(r"of the pictures, matplotlib says: Glyph \d+ .* more warnings\)", line)
+    assert re.fullmatch(r"matplotlib warned while drawing: Glyph \d+ .* more warnings\)", line)
     assert line.isprintable()
 
 
@@ -302,7 +302,7 @@ def test_labels_keep_clear_of_each_other(anchors):
 
 
 def crowded(shape: str, count: int) -> list[labels.Point]:
-    """Points of a plot of 1300 x 900 pixels that are hard to tell apart."""
+    """Points of a plot of 1300 x 900 pixels that are hard to distinguish."""
     rng = np.random.default_rng(count)
     steps = np.arange(count) / count
     places = {
@@ -337,7 +337,7 @@ def test_crowds_get_clear_labels_in_a_bounded_number_of_tries(monkeypatch, shape
     for index, box in enumerate(boxes):
         assert labels.overlap(box, bounds) == pytest.approx(110 * 18)
         assert not labels.overlap(box, np.array(boxes[:index]).reshape(-1, 4)).any()
-        # its own point is the nearest, or a line leads there
+        # its own point is the nearest, or a line leads to it
         away = [math.dist(labels.nearest(box, other), other) for other in anchors]
         assert away[index] == min(away) or away[index] > plots.LED
 
@@ -357,7 +357,7 @@ def test_geometry():
 @pytest.mark.slow
 @given(st.lists(st.tuples(*[st.integers(-5, 5)] * 4), min_size=1, max_size=20))
 def test_a_segment_enters_a_box_if_one_of_its_points_is_inside(segments):
-    # no line through two whole points meets a corner, so that nothing only touches the box
+    # no line through two integer points meets a corner, so none only touches the box
     box = np.array([-2.239, -1.541, 2.713, 1.277])
     start, end = np.array(segments, dtype=float).reshape(-1, 2, 2).swapaxes(0, 1)
     share = np.linspace(0, 1, 4001)[:, None, None]
@@ -492,25 +492,25 @@ def test_frames_are_small(tmp_path, what, steps):
     assert len(found) == steps
     assert max(map(len, found.values())) <= 60_000
     sizes = {decode(webp).shape for webp in found.values()}
-    # no quality of noise is small enough
+    # noise is not small enough at any quality
     assert all(width < 8 * 224 for _, width, _ in sizes) == (what == "noise"), sizes
 
 
 def letter(code: int) -> np.ndarray:
-    """Six class names, of which numpy makes no text."""
+    """Six class names that numpy does not read as text."""
     return np.full(6, code, np.uint32).view("<U1")
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"patch": np.array(7)}, "cannot be cut"),
+        ({"patch": np.array(7)}, "does not divide"),
         ({"relevance_BP": np.zeros((6, 35))}, "relevance_BP has shape"),
         ({"relevance_BP": np.full((6, 36), "x")}, "relevance_BP is of type <U1"),
         ({"relevance_BP": np.full((6, 36), np.nan)}, "relevance_BP must be finite"),
         ({"relevance_BP": np.full((6, 36), 1e300)}, "relevance_BP must be finite"),
-        ({"donor/x": np.full((6, 36), 6)}, "donor/x must have numbers from -1 to 5"),
-        ({"donor/x": np.full((6, 36), -2)}, "donor/x must have numbers from -1 to 5"),
+        ({"donor/x": np.full((6, 36), 6)}, "donor/x must be from -1 to 5"),
+        ({"donor/x": np.full((6, 36), -2)}, "donor/x must be from -1 to 5"),
         ({"donor/x": np.zeros((6, 36))}, "donor/x is of type float64"),
         ({"donor/x": np.zeros((6, 36), bool)}, "donor/x is of type bool"),
         ({"donor/\x1b[31m": np.zeros((6, 36), int)}, "name of a donor map: it is '.x1b"),
@@ -525,8 +525,8 @@ def letter(code: int) -> np.ndarray:
         ({"labels_B": np.zeros(6)}, "labels_B is of type float64"),
         ({"labels_B": np.full(6, np.nan)}, "labels_B is of type float64"),
         ({"class_names": np.full((6, 1), "x")}, "class_names has shape"),
-        ({"class_names": letter(0xD800)}, "class_names has letters that are not of Unicode"),
-        ({"class_names": letter(0x7FFFFFFF)}, "class_names has letters that are not of Unicode"),
+        ({"class_names": letter(0xD800)}, "class_names has characters that are not Unicode"),
+        ({"class_names": letter(0x7FFFFFFF)}, "class_names has characters that are not Unicode"),
         ({"class_names": np.full(6, "x" * 100_001)}, "class_names: it is 'x.* at most 100000"),
         ({"images_BCHW": np.zeros((3, 48, 48), dtype=np.uint8)}, "not a gallery"),
         ({"labels_B": np.arange(1, 7)}, "labels_B"),
@@ -534,8 +534,8 @@ def letter(code: int) -> np.ndarray:
         ({"steps_S": np.array([0, 100, 100])}, "steps_S must be 1 to 12 ascending steps"),
         ({"steps_S": np.arange(13)}, "steps_S must be 1 to 12 ascending steps"),
         ({"steps_S": np.array([], int)}, "steps_S must be 1 to 12 ascending steps"),
-        ({"steps_S": np.array([-1, 0, 1])}, "steps_S must have numbers from 0"),
-        ({"steps_S": np.array([0, 1, 2**63], np.uint64)}, "steps_S must have numbers from 0"),
+        ({"steps_S": np.array([-1, 0, 1])}, "steps_S must be from 0"),
+        ({"steps_S": np.array([0, 1, 2**63], np.uint64)}, "steps_S must be from 0"),
         ({"steps_S": np.zeros(3)}, "steps_S is of type float64"),
         ({"relevance_SBP": np.zeros((2, 6, 36))}, "relevance_SBP has shape"),
         ({"relevance_SBP": np.full((3, 6, 36), np.nan)}, "relevance_SBP must be finite"),

@@ -1,4 +1,4 @@
-"""What is refused, and how it is said."""
+"""Refusals, and their messages."""
 
 import json
 import re
@@ -100,10 +100,10 @@ def test_the_same_weights_are_not_two_seeds(tmp_path, recipe, step, config, refu
     if not refused:
         assert len(load_runs(paths)) == 2
         return
-    message = f"{paths[0]} and {paths[1]} are seeds 0 and 1 of {recipe}, but the same weights"
+    message = f"{paths[0]} and {paths[1]} are seeds 0 and 1 of {recipe}, but have the same weights"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_runs(paths)
-    # another recipe may start from, or end at, the same
+    # a different recipe may start from, or end at, the same weights
     other = make_run(tmp_path, "other")
     weights = make_weights(other, "other", step=str(step))
     edit(other / "results.json", checkpoint_sha256=files.sha256_file(weights), step=step)
@@ -119,7 +119,9 @@ def test_weights_without_classes_are_warned_of_once(tmp_path, capsys):
         edit(path / "results.json", checkpoint_sha256=files.sha256_file(path / SELECTED))
     load_runs(paths)
     (line,) = unstamped(capsys.readouterr().err).splitlines()
-    assert line.startswith(f"WARNING: {paths[1]} (and 1 more runs): the weights do not say which")
+    assert line.startswith(
+        f"WARNING: {paths[1]} (and 1 more runs): the weights do not name the classes"
+    )
 
 
 def test_all_runs_must_have_seen_the_same_data(tmp_path):
@@ -203,7 +205,7 @@ def test_metrics_are_counted_over_all_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     # a mean curve of two of three seeds would be wrong
     assert [run.metrics for run in load_runs(paths)] == [(), (), ()]
-    assert "no curves are drawn, because the metrics of all runs have more than 179" in (
+    assert "no training curves: the metrics of all runs together have more than 179" in (
         capsys.readouterr().err
     )
 
@@ -214,7 +216,7 @@ def test_documents_are_counted_over_all_runs(tmp_path, monkeypatch):
     load_runs(paths)
     monkeypatch.setattr(runs, "DOCUMENT_BYTES", 2_500)
     with pytest.raises(
-        ValueError, match=r"config.json, .* have 3,\d+ bytes; one report reads 2,500"
+        ValueError, match=r"config.json, .* have 3,\d+ bytes; the limit of a report is 2,500"
     ):
         load_runs(paths)
 
@@ -222,12 +224,12 @@ def test_documents_are_counted_over_all_runs(tmp_path, monkeypatch):
 def test_settings_without_end_are_cut_between_values():
     found = runs.shown_settings(configured(run_of("vanilla"), a=1, z=["x" * 1000] * 100).config)
     assert found.startswith('{\n  "a": 1,\n')
-    assert found.endswith(f'"{"x" * 1000}"\n... (too long to be shown)')
+    assert found.endswith(f'"{"x" * 1000}"\n... (too long to show)')
     assert len(found) < runs.SETTINGS_LETTERS + 100
 
 
 def test_seeds_with_other_settings_are_not_averaged(tmp_path):
-    """They are rows of their own, named by what differs."""
+    """They are separate rows, named by their differences."""
     paths = [
         make_run(tmp_path / str(rate), seed=seed, optim={"lr": rate, "epochs": 10})
         for rate in (3e-5, 1e-3)

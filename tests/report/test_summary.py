@@ -40,13 +40,13 @@ def test_counts_alone_do_not_say_whether_it_could_be_chance():
     ]
     best, *others = summary(runs).conclusions
     assert best == (
-        "Highest OOD avg: object-mask-single-fill, 43.0%. The highest of 3 rows on these very test "
-        "images is a little too high."
+        "Highest OOD avg: object-mask-single-fill, 43.0%. As the maximum of 3 rows on the "
+        "same test images, it is slightly too optimistic."
     )
     assert others == [
-        "+3.0 points over vanilla; without predictions, whether that could be chance is not known.",
-        "+2.0 points over no-mask, the best baseline; without predictions, whether that could be "
-        "chance is not known.",
+        "+3.0 points over vanilla; significance unknown, because there are no predictions.",
+        "+2.0 points over no-mask, the best baseline; significance unknown, because there are no "
+        "predictions.",
     ]
 
 
@@ -80,7 +80,7 @@ def test_predictions_give_intervals_and_a_verdict(tmp_path):
     assert "% (95% interval " in best
     for line in (one, two):
         assert "p < 0.001): significant." in line
-    # the two baselines cannot be told apart
+    # the two baselines cannot be distinguished
     best, one = summary(runs[:4]).conclusions
     assert one.endswith("not significant.")
 
@@ -113,7 +113,7 @@ def test_missing_sets_are_named():
         [run_of("vanilla", 0, ALL[:4])]
     )
     found = warnings([run_of("vanilla", 0, ALL[:4]), run_of("no-mask", 0, ALL)])
-    assert "No OOD avg, for lack of a set: vanilla." in found
+    assert "No OOD avg because a set is missing: vanilla." in found
     assert "Not evaluated" not in found
     own = run_of("vanilla", 0)
     own.counts["zoo"] = run_of("vanilla", 0, ALL).counts["imagenet-val"]
@@ -131,7 +131,7 @@ def test_what_is_not_known_of_runs_is_on_the_page(tmp_path):
 
 def test_the_miniature_is_not_imagenet_and_precisions_are_told_apart():
     runs = [configured(run_of("vanilla", 0, ALL), scale="miniature")]
-    assert "say nothing about ImageNet" in warnings(runs)
+    assert "do not apply to ImageNet" in warnings(runs)
     runs = [
         configured(run_of(name, 0, ALL), precision=precision, optim={"epochs": 1})
         for name, precision in (("vanilla", "fp32"), ("no-mask", "bf16"))

@@ -1,4 +1,4 @@
-"""Figures in a page: the same bytes, texts as texts, ids of their own, and rows that are tied."""
+"""Figures in a page: reproducible bytes, texts as texts, unique ids, and linked rows."""
 
 import re
 from xml.etree import ElementTree
@@ -39,7 +39,7 @@ def test_a_page_gives_its_own_colours_and_font():
     dark = legible("#1f77b4", DARK)
     assert dark != "#1f77b4"
     assert f"stroke: #1f77b4; stroke: light-dark(#1f77b4, {dark})" in text
-    # a name is no style
+    # a name is not a style
     assert text.count("fill: #123456") == 1
 
 

@@ -99,7 +99,7 @@ def test_own_sets_are_columns_after_the_papers_and_no_part_of_the_average():
     assert tables.columns([row]) == [*tables.COLUMNS, "V2", "zoo"]
     assert row.cells[OOD_COLUMN].mean == pytest.approx(40)
     header = tables.text_tables([row], [])[0].header
-    # an own set does not take the name of another's column
+    # an own set does not replace another's column
     assert header[-3:] == ["OOD avg", "V2 (own set)", "zoo"]
 
 
@@ -116,7 +116,7 @@ def test_own_sets_alone_are_compared_by_the_first():
 def test_more_sets_than_a_page_shows_are_refused():
     run = run_of("vanilla", percent=ALL)
     run.counts.update({f"s{n}": counted(1, 2) for n in range(tables.SETS)})
-    with pytest.raises(ValueError, match="on 206 sets; a report shows 200"):
+    with pytest.raises(ValueError, match="on 206 sets; the limit of a report is 200"):
         tables.columns(tables.result_rows([run]))
 
 
@@ -312,7 +312,7 @@ def test_text_fits_80_columns_and_takes_no_markup_from_names():
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert text.isascii()
-    # where there is little room, only the columns that are compared have their spread
+    # with little space, only the compared columns have their spread
     numbers = r"70\.0\+-0\.0 60\.0 50\.0 +40\.0 +30\.0 20\.0 40\.0\+-0\.0"
     assert re.search(rf"^context-mask-single-fill +3 +{numbers}", text, re.MULTILINE)
     assert re.search(r"^wise-kd-object-mask- +3 .*\nsingle-fill +\n", text, re.MULTILINE)

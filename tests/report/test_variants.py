@@ -1,4 +1,4 @@
-"""Rows of one recipe are named by the settings in which they differ, and in nothing else."""
+"""Rows of one recipe are named by the settings in which they differ, and by nothing else."""
 
 import pytest
 from hypothesis import given
@@ -79,7 +79,7 @@ def test_rows_have_one_name_if_and_only_if_their_settings_are_equal(found):
     names = named(*found)
 
     def same(one, other):
-        # an absent option is one that is null
+        # an absent option equals null
         return _without_none(one) == _without_none(other)
 
     for one, name in zip(found, names, strict=True):

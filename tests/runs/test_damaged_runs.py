@@ -1,4 +1,4 @@
-"""A damaged run folder is one line that names the file, from every command that reads it."""
+"""A damaged run folder is a one-line error that names the file, in every command that reads it."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def evaluation(data: Path) -> tuple[object, ...]:
 
 @pytest.fixture
 def command(runs, tiny_data, tiny_clip, tmp_path) -> Callable[[str, Path], tuple[Any, ...]]:
-    """What reads a run folder, and its options."""
+    """The commands that read a run folder, with their options."""
 
     def words(name: str, run: Path) -> tuple[Any, ...]:
         out = ("--out", tmp_path / "out" / (name if name != "export" else "a.safetensors"))
@@ -99,7 +99,7 @@ def test_every_command_names_the_damaged_file(runs, tmp_path, command, refused, 
     )
     if name in ("progress.json", "metrics.jsonl"):
         (run / "training.json").unlink()
-    # a folder whose configuration changed is another run: each damage is of the same one
+    # a folder with a changed configuration is a different run: each damage is of the same one
     for damage, spoil in DAMAGES.items():
         if (name, damage) == ("metrics.jsonl", "nan"):
             continue  # of losses, which may be NaN
@@ -115,7 +115,7 @@ def test_every_command_names_the_damaged_file(runs, tmp_path, command, refused, 
 
 
 def test_runs_of_before_are_read(runs, tmp_path, command, capsys, tiny_data):
-    """A folder as the first version wrote it: fewer fields, and NaN among its losses."""
+    """A folder as written by the first version: fewer fields, and NaN among its losses."""
     run = tmp_path / "run"
     shutil.copytree(runs / "vanilla", run)
     forget_weights(run)
@@ -146,7 +146,7 @@ def test_runs_of_before_are_read(runs, tmp_path, command, capsys, tiny_data):
 
 
 def test_a_merge_of_itself_has_no_text_tower(runs, tmp_path, refused):
-    """A stranger's folder may name itself as what it is made from."""
+    """A hostile folder may name itself as its own source."""
     run = tmp_path / "run"
     shutil.copytree(runs / "vanilla", run)
     forget_weights(run)
@@ -157,7 +157,7 @@ def test_a_merge_of_itself_has_no_text_tower(runs, tmp_path, refused):
     for folder in (run, tmp_path / "other"):
         (folder / "config.json").write_text(json.dumps(config))
     words = ("export", run, "--to", "open-clip", "--out", tmp_path / "out", "--text", "")
-    call(convert, *words)  # the tiny CLIP's own name says where its text tower is
+    call(convert, *words)  # the tiny CLIP's own name gives the location of its text tower
 
 
 def test_names_of_files_are_shown_as_text(runs, tmp_path, capsys):

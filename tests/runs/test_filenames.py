@@ -1,4 +1,4 @@
-"""The files of a run folder are named in one place."""
+"""The file names of a run folder are defined once."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from rft.runs import filenames
 from rft.shards import folder as packed_set
 
 ROOT = Path(__file__).parents[2]
-# the names, and a tool that imports nothing of the two versions that it compares
+# the definitions, and a tool that imports neither of the two versions that it compares
 OWN = [Path(filenames.__file__), ROOT / "tools" / "compare_versions.py"]
 NAMES = {
     Path(value).name.encode()
@@ -20,7 +20,7 @@ NAMES = {
 
 
 def texts(source: bytes) -> Iterator[str]:
-    """Yield the texts of a module, but not its docstrings."""
+    """Yield the strings of a module, except docstrings."""
     tree = ast.parse(source)
     words = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

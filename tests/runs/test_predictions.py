@@ -1,4 +1,4 @@
-"""A file of predictions is read as it was written, and anything else is refused in one line."""
+"""A file of predictions reads back unchanged, and anything else is refused in one line."""
 
 import dataclasses
 import io
@@ -61,8 +61,8 @@ def changed(**columns: object) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"rank": None}, "its columns must be key, label"),
-        ({"more": np.arange(3)}, "its columns must be key, label"),
+        ({"rank": None}, "they must be key, label"),
+        ({"more": np.arange(3)}, "they must be key, label"),
         ({"rank": np.array([0, 7, 0])}, "rank must be 3 of int32, not int64"),
         ({"rank": np.array([0, 7], np.int32)}, r"rank must be 3 of int32, not int32 \(2,\)"),
         ({"key": np.array([b"a", b"b", b"c"])}, "key must be 3 of U, not"),
@@ -77,8 +77,8 @@ def changed(**columns: object) -> dict[str, np.ndarray]:
             {"log_likelihood": np.array([-1, np.nan, 0], np.float32)},
             "log_likelihood must be from -inf to 0",
         ),
-        ({"rank": np.array([0, 0, 0], np.int32)}, "its label predicted and a rank above 0, or"),
-        ({"rank": np.array([1, 7, 0], np.int32)}, "its label predicted and a rank above 0, or"),
+        ({"rank": np.array([0, 0, 0], np.int32)}, "rank 0 and a right prediction must coincide"),
+        ({"rank": np.array([1, 7, 0], np.int32)}, "rank 0 and a right prediction must coincide"),
     ],
 )
 def test_what_cannot_be_predictions_is_refused(tmp_path, columns, says):
@@ -93,7 +93,7 @@ def test_what_cannot_be_predictions_is_refused(tmp_path, columns, says):
 def test_a_file_of_other_predictions_is_refused(tmp_path):
     path = tmp_path / "imagenet-val.npz"
     path.write_bytes(ROWS.to_bytes())
-    with pytest.raises(ValueError, match=r"is not the file that results\.json was written with"):
+    with pytest.raises(ValueError, match=r"was changed after results\.json was written"):
         read(path, 3, "0" * 64)
     with pytest.raises(ValueError, match=r"rank must be 4|key must be 4"):
         read(path, 4)

@@ -1,4 +1,4 @@
-"""A run folder that is damaged, or a stranger's, is one line from every command that reads it."""
+"""A damaged or hostile run folder is a one-line error in every command that reads it."""
 
 import copy
 import json
@@ -110,7 +110,7 @@ GOOD: dict[str, Any] = {
     },
 }  # fmt: skip
 STRICT = {"results.json", "training.json", "progress.json", "clusters.json"}
-# what may be null, and texts that may say anything
+# fields that may be null, and texts that may be anything
 NULL = {
     "results.json": {"config_sha256"},
     "training.json": {"manifest_sha256", "weights_sha256"},
@@ -159,7 +159,7 @@ CONFIGS = ("merge.json", "import.json", "ensemble.json")
 
 
 def place(tmp_path: Path, name: str, data: bytes) -> Path:
-    """Write a document under the name that its reader looks for."""
+    """Write a document under the name that its reader expects."""
     path = tmp_path / ("config.json" if name in CONFIGS else name)
     path.write_bytes(data + (b"\n" if name.endswith("l") else b""))
     return path
@@ -186,12 +186,12 @@ def changed(document: dict[str, Any], path: list[Any], value: Any) -> dict[str, 
 
 
 def is_free(name: str, where: str) -> bool:
-    """Whether nothing reads a field: config.json and provenances have more than is typed."""
+    """Whether nothing reads a field: config.json and provenances have untyped fields."""
     return (name, where) in (("config.json", "model.start"), ("config.json", "optim.lr"))
 
 
 def fits(name: str, where: str, value: Any, good: Any) -> bool:
-    """Whether a value may stand where `good` stands."""
+    """Whether a value is valid in place of `good`."""
     if is_free(name, where) or (value is None and where in NULL[name]):
         return True
     if isinstance(value, dict) and where in ("model", "optim", "provenance"):
@@ -238,7 +238,7 @@ def test_every_field_has_its_type(tmp_path, name):
             if fits(name, where, value, good):
                 READERS[name](file)
                 continue
-            # of a field whose presence decides about another, the other may be named
+            # for a field whose presence affects a second one, either may be named
             part = where.rpartition(".")[2].partition("_")[0]
             with pytest.raises(ValueError, match=f"^{file}.*{part}") as raised:
                 pytest.fail(f"{where} is {value}: {READERS[name](file)}")
@@ -303,7 +303,7 @@ def test_what_is_no_file_is_said(tmp_path, name):
     with pytest.raises((ValueError, OSError), match=rf"{name}:? (it )?is a folder"):
         READERS[name](path)
     path.rmdir()
-    os.mkfifo(path)  # nobody writes it: a reader would wait for ever
+    os.mkfifo(path)  # it has no writer: a reader would wait for ever
     with pytest.raises(ValueError, match=f"{name} is a FIFO, not a regular file"):
         READERS[name](path)
 
@@ -371,7 +371,7 @@ def test_what_weights_have_seen_is_a_list_of_names_and_hashes(seen):
 
 
 def with_temperatures(*values: float | None) -> Results:
-    """Results of a set for each value, with its temperature."""
+    """One set's results per value, with its temperature."""
     fitted = {"images": 8, "train_set": "train", "manifest_sha256": SHA, "held_out": 8}
     sets = {}
     for number, value in enumerate(values):

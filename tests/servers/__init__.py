@@ -1,7 +1,7 @@
 """Real servers on loopback, with real faults, for the tests of remote data.
 
-Where a server is not installed, or the user may not start it, the tests that need it are skipped
-with the reason.
+If a server is not installed, or the user may not start it, the tests that need it are skipped with
+the reason.
 """
 
 import uuid
@@ -22,7 +22,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def bucket(store: ObjectStore) -> Iterator[str]:
-    """Return the URL of a new bucket; this process's environment is that of its user."""
+    """Return the URL of a new bucket; this process's environment has its user's credentials."""
     with pytest.MonkeyPatch.context() as environment:
         use_environment(environment, store.environment())
         name = f"test-{uuid.uuid4().hex[:12]}"

@@ -1,8 +1,8 @@
-"""A server that stands in for the model hub's API: it keeps the files that are pushed to it.
+"""A stand-in for the model hub's API, which keeps the pushed files.
 
-Answers have the form that huggingface_hub's own code asks for and reads: files with their commit
-and etag, the creation of repositories, a commit as lines of JSON with small files inside, large
-files through the Git LFS batch API and a PUT.
+Answers have the form that huggingface_hub's own code expects: files with their commit and etag, the
+creation of repositories, a commit as lines of JSON with small files inside, large files through the
+Git LFS batch API and a PUT.
 """
 
 import base64
@@ -21,7 +21,7 @@ from huggingface_hub.utils import close_session
 from benchmarks.servers.loopback import ADDRESS
 
 COMMIT = "c" * 40
-LARGE = (".safetensors", ".onnx")  # what the hub's .gitattributes gives to LFS
+LARGE = (".safetensors", ".onnx")  # the patterns of the hub's .gitattributes for LFS
 
 
 class Hub:
@@ -158,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def entry(name: str, data: bytes) -> dict:
-    """A file of a repository as the hub lists it."""
+    """A file of a repository in the hub's listing."""
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     found = {"type": "file", "path": name, "size": len(data), "oid": blob}
     if name.endswith(LARGE):
@@ -169,7 +169,7 @@ def entry(name: str, data: bytes) -> dict:
 
 @contextlib.contextmanager
 def hub_server() -> Iterator[Hub]:
-    """Serve a hub of its own while the body runs."""
+    """Serve a new hub during the body."""
     hub = Hub()
     handler = type("Bound", (Handler,), {"hub": hub})
     with ThreadingHTTPServer((ADDRESS, 0), handler) as server:
@@ -185,14 +185,14 @@ def hub_server() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
-    """A hub that huggingface_hub asks in place of the real one, with an empty cache."""
+    """A hub that huggingface_hub uses instead of the real one, with an empty cache."""
     with hub_server() as running:
         ask_instead(monkeypatch, running.url, tmp_path)
         yield running
 
 
 def ask_instead(monkeypatch: pytest.MonkeyPatch, url: str, tmp_path) -> None:
-    """Let huggingface_hub, which reads its environment once, ask another server."""
+    """Make huggingface_hub, which reads its environment once, use a different server."""
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
     values = {
@@ -201,7 +201,7 @@ def ask_instead(monkeypatch: pytest.MonkeyPatch, url: str, tmp_path) -> None:
         "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
         "HF_TOKEN_PATH": str(tmp_path / "hub-token"),
         "HF_STORED_TOKENS_PATH": str(tmp_path / "hub-tokens"),
-        # its own protocol, which a stand-in cannot speak; LFS is what the library uses without it
+        # its own protocol, which a stand-in does not support; the library falls back to LFS
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_OFFLINE": False,
     }

@@ -1,4 +1,4 @@
-"""A real web server over a folder: ranges, a slow line, random refusals, no ranges at all."""
+"""A real web server over a folder: ranges, a slow connection, random refusals, no ranges at all."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.servers.loopback import ADDRESS, free_port, program, running, wait_for_port
 
-# one process on purpose: there is then no worker that could outlive a killed master
+# one process on purpose: no worker can survive a killed master
 CONFIGURATION = """
 daemon off;
 master_process off;

@@ -23,7 +23,7 @@ PROGRAMS = {
     "ceph-authtool": "ceph-common",
     "monmaptool": "ceph-common",
 }
-# who may do what inside the cluster
+# permissions inside the cluster
 USERS = {
     "mon.": {"mon": "allow *"},
     "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
@@ -31,8 +31,8 @@ USERS = {
     "client.rgw.a": {"mon": "allow rw", "osd": "allow rwx"},
 }
 
-# Keys stay on: without cephx the gateway hangs while it connects. The short intervals only make the
-# monitor agree with itself faster, which is most of what a start waits for.
+# Keys stay on: without cephx the gateway hangs while it connects. The short intervals only speed up
+# the monitor's election, which is most of the start.
 CONFIGURATION = """
 [global]
 fsid = {fsid}
@@ -76,12 +76,12 @@ class ObjectStore:
     port: int
 
     def environment(self, port: int | None = None, secret: str = SECRET) -> dict[str, str]:
-        """Return the environment variables of a user, by way of another port if one is given."""
+        """Return the environment variables of a user, through a different port if one is given."""
         return {
             "AWS_ENDPOINT_URL": f"http://{ADDRESS}:{port or self.port}",
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": secret,
-            # nobody's own profile, region or instance role takes part
+            # ignore the user's own profile, region and instance role
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -89,7 +89,7 @@ class ObjectStore:
 
 
 def use_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    """Set the variables for this process; clients made with others are forgotten."""
+    """Set the variables for this process; clients with earlier ones are dropped."""
     import s3fs
 
     for name, value in environment.items():

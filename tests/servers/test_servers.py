@@ -1,4 +1,4 @@
-"""The servers of the tests do what their names say: a fault that never fires proves nothing."""
+"""The test servers behave as named: a fault that never occurs proves nothing."""
 
 import http.client
 import subprocess
@@ -87,7 +87,7 @@ ERRORS = {
 
 
 def require_stall(proxy: Proxy) -> None:
-    """What comes before the stall comes however late, and then nothing does."""
+    """The data before the stall arrives, however late, and then nothing."""
     connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"))
     connection.request("GET", "/a.tar")
     stream = connection.sock
@@ -103,7 +103,7 @@ def require_stall(proxy: Proxy) -> None:
 def test_broken_answers(plain: str, kind: str) -> None:
     with faulty(plain, Fault(kind=kind, after=10_000), first(1)) as proxy:
         url = f"{proxy.url}/a.tar"
-        assert get(f"{proxy.url}/") != b""  # does not match, so it is no part of the schedule
+        assert get(f"{proxy.url}/") != b""  # does not match, so it is not part of the schedule
         if kind == "stall":
             require_stall(proxy)
         else:
@@ -144,7 +144,7 @@ def test_slow_answers_are_whole(plain: str) -> None:
 
 @pytest.mark.slow
 def test_object_store(bucket: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads, writes and lists by way of a proxy; a wrong secret is refused."""
+    """Reads, writes and lists through a proxy; a wrong secret is refused."""
     with faulty(store.port, Fault(kind="latency"), first(100), matching="") as proxy:
         use_environment(monkeypatch, store.environment(proxy.port))
         fs = fsspec.filesystem("s3")
@@ -171,7 +171,7 @@ ABANDONED = """
 
 @pytest.mark.slow
 def test_no_server_outlives_killed_tests(folder: Path, tmp_path: Path) -> None:
-    with web_server(folder, tmp_path):  # where it cannot run, this test is skipped
+    with web_server(folder, tmp_path):  # skipped if it cannot run
         pass
     command = [sys.executable, "-c", textwrap.dedent(ABANDONED), str(folder), str(tmp_path)]
     with subprocess.Popen(

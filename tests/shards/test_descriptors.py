@@ -1,4 +1,4 @@
-"""Descriptors of shards: no more than allowed, and none kept on what left the cache."""
+"""Descriptors of shards: no more than permitted, and none kept of evicted files."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def shards(count: int) -> list[Shard]:
 
 
 def open_below(folder: Path) -> list[str]:
-    """Names of the files of a folder that this process has open."""
+    """Names of the files in a folder that this process has open."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         try:
@@ -36,7 +36,7 @@ def test_local_shards_keep_the_newest_descriptors(tmp_path, monkeypatch):
     reading = Shards(str(tmp_path), shards(4))
     for number in (0, 1, 0, 2):
         reading.descriptor(number)
-    assert open_below(tmp_path) == ["0.tar", "2.tar"]  # 1 was not asked for as lately as 0
+    assert open_below(tmp_path) == ["0.tar", "2.tar"]  # 0 was requested more recently than 1
     reading.close()
     assert open_below(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Requests and the cache, without a network: what is asked for, and which files may stay."""
+"""Requests and the cache, without a network: requested ranges, and eviction."""
 
 import errno
 import os
@@ -112,7 +112,7 @@ def test_what_is_asked_for_stays_and_other_sets_go_first(tmp_path):
     a, b, c, d, x = shards("abcd9")
     for shard in (x, a, b):
         assert fill(cache, shard)
-    assert fill(cache, c)  # x is of another set
+    assert fill(cache, c)  # x belongs to a different set
     assert kept(cache) == "abc"
     assert fill(cache, d, keep="bc")
     assert kept(cache) == "bcd"
@@ -130,7 +130,7 @@ def test_a_lower_limit_is_kept_at_the_next_start(tmp_path):
 @pytest.mark.parametrize("call", ["open", "unlink"])
 @pytest.mark.parametrize("name", ["{}.tar", ".{}.part"])
 def test_a_file_that_may_not_be_deleted_is_passed_over(tmp_path, monkeypatch, name, call):
-    """In a shared folder a different user's file counts, and our own make room."""
+    """In a shared folder a different user's file counts, and only our own are evicted."""
     theirs = tmp_path / name.format("9" * 64)
     theirs.write_bytes(bytes(100))
     real = getattr(os, call)
@@ -175,7 +175,7 @@ def test_one_process_fills_a_shard_and_a_dead_ones_part_is_taken_over(tmp_path):
     assert isinstance(part, Part)
     assert cache.begin(a, keep=set(), known=set()) is None  # it is being filled
     assert fill(cache, b)
-    assert not fill(cache, c, keep="b")  # what is being filled counts
+    assert not fill(cache, c, keep="b")  # a file that is being filled counts
     part.let_go()  # as a killed process would
     assert fill(cache, c, keep="b")
     assert kept(cache) == "bc"
@@ -196,12 +196,12 @@ def test_a_dropped_file_is_no_shard_for_those_who_have_it_open(tmp_path):
 
 
 def test_half_a_cache_serves_about_half_of_a_shuffled_epoch(tmp_path):
-    """Where the least recently used would go, almost nothing would be found again."""
+    """With least-recently-used eviction, almost nothing would be found again."""
     names = [f"{n:02x}" for n in range(40)]
     known = {name * 32 for name in names}
     by_name = {n: Shard(name=n, bytes=10, sha256=n * 32, samples=1) for n in names}
     cache = Cache(tmp_path, 200)
-    recent: list[str] = []  # the same with the least recently used thrown away
+    recent: list[str] = []  # the same with least-recently-used eviction
     hits = lru_hits = 0
     for epoch in range(6):
         order = random.Random(epoch).sample(names, len(names))

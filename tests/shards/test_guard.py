@@ -1,4 +1,4 @@
-"""The guard: no image of an OOD set is trained on or selected by, whatever its set is called."""
+"""The guard: no OOD image is used for training or selection, whatever its set is called."""
 
 import shutil
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def copy(data: Path, root: Path, *names: str) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Let a set be one of an older version, which made no samples.npz."""
+    """Turn a set into one of an older version, which wrote no samples.npz."""
     (folder / "samples.npz").unlink()
     manifest = Manifest.load(str(folder))
     replace(manifest, samples_sha256=None).save(str(folder))
@@ -71,7 +71,7 @@ def test_the_id_test_set_is_refused_under_any_name(tiny_data, tmp_path):
 
 
 def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, capsys):
-    """Whole sets, copies under another name and single images."""
+    """Complete sets, copies under a different name, and single images."""
     copy(tiny_data, tmp_path, "imagenet-train", "imagenet-r")
     pack_as(tiny_data, "imagenet-train", tmp_path, "copy", replace(PIXELS, encoding="original"))
     found = read_source("imagenet-train", tiny_data.parent / "images", LABELS)
@@ -84,13 +84,13 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, c
     trained_on = [("imagenet-train", tests["imagenet-train"].sha256)]
     expected = {"imagenet-train": 76, "copy": 76, "some": len(some.items)}
     assert seen_images(str(tmp_path), trained_on, tests) == expected
-    # another set of that name, and one that is not there
+    # a different set of that name, and a missing one
     assert seen_images(str(tmp_path), [("imagenet-train", "0" * 64)], tests) == {}
     assert seen_images(str(tmp_path), [("absent", tests["copy"].sha256)], tests) == {"copy": 76}
     forget(tmp_path / "some")
     tests["some"] = Manifest.load(str(tmp_path / "some"))
     assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76, "copy": 76}
-    # a file that is gone is no reason not to evaluate
+    # a deleted file does not prevent an evaluation
     assert warnings(capsys) == []
     (tmp_path / "imagenet-train" / "samples.npz").unlink()
     assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76}
@@ -98,7 +98,7 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, c
 
 
 def of_hashes(root: Path, name: str, values: Iterable[int]) -> Manifest:
-    """Write what the guard reads of a packed set, of images with these hashes."""
+    """Write the files of a packed set that the guard reads, for images with these hashes."""
     source_N = np.array(list(values), np.uint64)
     data = Samples(source=source_N).to_bytes()
     (root / name).mkdir()
@@ -135,7 +135,7 @@ def test_a_few_copies_in_imagenets_own_training_set_are_a_warning(
 
 @pytest.mark.parametrize("encoding", ["original", "pixels"])
 def test_a_copy_under_another_name_is_found(tiny_data, tmp_path, encoding):
-    """In any encoding: what is compared are the files that were packed."""
+    """In any encoding: the source files are compared."""
     copy(tiny_data, tmp_path, "imagenet-r", "imagenet-val")
     options = replace(PIXELS, encoding=encoding)
     pack_as(tiny_data, "imagenet-r", tmp_path, "mine", options)
@@ -175,7 +175,7 @@ def test_one_image_among_others_is_found(tiny_data, tmp_path):
     copy(tiny_data, tmp_path, "imagenet-a")
     found = read_source("imagenet-train", tiny_data.parent / "images", LABELS)
     stolen = read_source("imagenet-a", tiny_data.parent / "images", LABELS).items[0]
-    # a link leads to it, as a user would mix folders
+    # through a link, as users mix folders
     folder = tmp_path / "images" / LABELS.ids[0]
     folder.mkdir(parents=True)
     for item in found.items[:5]:
@@ -229,7 +229,7 @@ def test_damaged_hashes_of_the_training_set_are_an_error(tiny_data, tmp_path, ca
     (tmp_path / "imagenet-train/samples.npz").write_bytes(b"noise")
     with pytest.raises(ValueError, match=r"imagenet-train/samples\.npz does not have the sha256"):
         guard(tmp_path, "imagenet-train")
-    # nothing is compared where no OOD set lies beside it
+    # nothing is compared if no OOD set is beside it
     shutil.rmtree(tmp_path / "imagenet-r")
     guard(tmp_path, "imagenet-train")
     copy(tiny_data, tmp_path, "imagenet-r")
@@ -240,7 +240,7 @@ def test_damaged_hashes_of_the_training_set_are_an_error(tiny_data, tmp_path, ca
 
 
 def test_a_store_without_a_list_is_asked_for_the_benchmarks(tiny_data, tmp_path, monkeypatch):
-    """As a web server, which has no list of its folders."""
+    """Like a web server, which cannot list its folders."""
     copy(tiny_data, tmp_path, "imagenet-r")
     pack_as(tiny_data, "imagenet-r", tmp_path, "mine")
 
@@ -272,7 +272,7 @@ def test_a_greedy_soup_selects_by_no_test_images(refused, tiny_data, tiny_clip, 
         tiny.train("vanilla", root, tiny_clip, tmp_path / f"run{n}", "--seed", n, "--split-seed", 0)
         for n in (0, 1)
     ]
-    # what it was trained on turns out to be test images
+    # its training images are test images
     pack_as(tiny_data, "imagenet-train", root, "found-later", ood=True)
     said = refused(merging, "greedy-soup", *runs, "--data", root, "--out", tmp_path / "soup")
     assert "imagenet-train holds 76 images of found-later" in said

@@ -1,4 +1,4 @@
-"""Encodings: pixels are CLIP's own transform bit for bit, original bytes stay untouched."""
+"""Encodings: pixels equal CLIP's own transform bit for bit, original bytes stay untouched."""
 
 import contextlib
 import io
@@ -57,7 +57,7 @@ def to_bytes(image: Image.Image, format_name: str, **options) -> bytes:
 @example(1500, 15, 32, "L")
 @example(15, 1500, 33, "CMYK")
 def test_pixels_equal_torchvision(width: int, height: int, size: int, mode: str) -> None:
-    """Over odd sizes, specks and panoramas, from the bytes of a file, as an image folder reads."""
+    """Over odd sizes, specks and panoramas, from the bytes of a file, like an image folder."""
     assume(max(width, height) <= MOST_ELONGATED * min(width, height))
     data = to_bytes(random_image(width, height, mode), "JPEG")
     image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -83,7 +83,7 @@ def test_pixels_equal_open_clip(shape: tuple[int, int], mode: str) -> None:
 
 @pytest.mark.parametrize("black", [False, True])
 def test_cmyk_converted_before_the_crop_is_not_open_clips(black: bool) -> None:
-    """As docs/paper.md says: black ink multiplies the others, and the resize mixes."""
+    """As in docs/paper.md: black ink multiplies the others, and the resize mixes."""
     inks = [random_image(500, 333 + n, "L").crop((0, 0, 500, 333)) for n in range(4)]
     if not black:
         inks[3].paste(0, (0, 0, 500, 333))
@@ -134,7 +134,7 @@ def test_pixels_of_a_file(mode: str) -> None:
     np.testing.assert_array_equal(np.load(io.BytesIO(encoded.payload)), expected)
     assert (encoded.suffix, encoded.header) == ("npy", ("JPEG", mode, 50, 41))
     assert len(encoded.payload) == expected_bytes(parameters, len(data))
-    assert encoded.payload.endswith(expected.tobytes())  # readers take the end of the payload
+    assert encoded.payload.endswith(expected.tobytes())  # readers may find the end of the payload
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_jpeg_is_the_square_that_clip_sees(width: int, height: int, mode: str) -
 
 
 def test_jpeg_keeps_colour_and_little_else() -> None:
-    """Nothing of the source's metadata, all of its colour resolution, nearly its pixels."""
+    """No metadata of the source, its full colour resolution, nearly its pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
     data = to_bytes(image, "JPEG", quality=100, subsampling=0, comment=b"shot by", dpi=(300, 300))
@@ -202,7 +202,7 @@ def as_pillow_converts(data: bytes) -> np.ndarray:
 
 
 def check_every_encoding(data: bytes, suffix: str) -> None:
-    """Each encoding stores what Pillow makes of the file, and `original` its true type."""
+    """Each encoding stores Pillow's decoding of the file, and `original` its true type."""
     square = Image.fromarray(as_pillow_converts(data))
     reference = Compose([Resize(24, InterpolationMode.BICUBIC), CenterCrop(24)])(square)
     original = encode(data, "x.JPEG", encoding_parameters("original", 24, 0))
@@ -304,7 +304,7 @@ def test_an_opened_photo_is_turned_and_composed_as_its_file(kind: str, orientati
     expected = np.asarray(load_image(data, "x", Treatment(photo=True)))
     opened = Image.open(io.BytesIO(data))
     np.testing.assert_array_equal(np.asarray(photo_of(opened)), expected)
-    # a copy has no format, and keeps what it knows
+    # a copy has no format, but keeps its metadata
     np.testing.assert_array_equal(np.asarray(photo_of(opened.copy())), expected)
 
 
@@ -328,7 +328,7 @@ def test_an_opened_image_of_an_unknown_depth_is_refused_where_it_matters() -> No
     ],
 )
 def test_eight_bits_are_those_of_torchvision(tmp_path: Path, format_name: str, mode: str) -> None:
-    """Benchmarks stay as its loader reads them: not turned, hidden colours shown."""
+    """Benchmarks stay as their loader reads them: not rotated, hidden colours visible."""
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (37, 50, 4), dtype=np.uint8))
     image = image.convert("RGB").convert(mode) if mode in ("CMYK", "P") else image.convert(mode)
@@ -373,7 +373,7 @@ def test_jpeg_with_more_pictures_behind_it() -> None:
 
 
 def decodes(data: bytes) -> bool:
-    """Whether Pillow decodes all of a file at full size."""
+    """Whether Pillow decodes the complete file at full size."""
     try:
         load_image(data)
     except ValueError:
@@ -403,7 +403,7 @@ def jpegs(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """Return a JPEG that was cut, overwritten, or lost or gained some bytes in the middle."""
+    """Return a JPEG that was truncated, overwritten, or lost or gained some bytes in the middle."""
     data = draw(jpegs())
     place = draw(st.integers(0, len(data) - 1))
     match draw(st.sampled_from(["cut", "cut and ended", "changed", "shorter", "longer"])):
@@ -412,7 +412,7 @@ def damaged(draw: st.DrawFn) -> bytes:
         case "cut and ended":
             return data[:place] + b"\xff\xd9"
         case "changed":
-            # half of the changes where they hurt, in the segments
+            # half of the changes in the segments, where they do most damage
             place = place % 700 if draw(st.booleans()) else place
             return data[:place] + bytes([draw(st.integers(0, 255))]) + data[place + 1 :]
         case "shorter":
@@ -446,7 +446,7 @@ def test_a_jpeg_is_accepted_exactly_when_all_of_it_decodes(data: bytes) -> None:
 @settings(max_examples=100)
 @given(jpegs(), st.data())
 def test_every_truncated_jpeg_is_refused(data: bytes, choices: st.DataObject) -> None:
-    """Wherever the cut, unless the pixels are whole and only the end marker is gone."""
+    """At any cut, unless the pixels are complete and only the end marker is missing."""
     cut = data[: choices.draw(st.integers(0, len(data) - 1))]
     if is_accepted(cut):
         assert decodes(cut)
@@ -518,14 +518,14 @@ def test_hostile_images_are_named(name: str, kind: Kind, photos: bool) -> None:
         encode(data, "n01/x.png", encoding_parameters(kind, 32, 0, photos=photos))
     with pytest.raises(ValueError, match=rf"^n01/x\.png .*{message}"):
         load_image(data, "n01/x.png", Treatment(photo=photos))
-    if "early" not in name:  # found only by decoding
+    if "early" not in name:  # found only in decoding
         with pytest.raises(ValueError, match=rf"^n01/x\.png .*{message}"):
             identify(data, "n01/x.png", 0)
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_photos_of_many_megapixels_are_no_attack() -> None:
-    """Phones make 108 megapixels; only the header is looked at here."""
+    """Phones make 108 megapixels; only the header is read here."""
     header, _ = identify(empty_png(12_000, 9_000), "photo", 0)
     assert (header.width, header.height) == (12_000, 9_000)
 
@@ -543,7 +543,7 @@ def test_elongated_inside_the_border() -> None:
 @example(6000, 1, 224)
 @example(1, 6000, 224)
 def test_a_resize_never_takes_many_squares(width: int, height: int, size: int) -> None:
-    """The area that `Image.resize` is asked for is bounded, whatever the image."""
+    """The area passed to `Image.resize` is bounded, for any image."""
     asked = []
 
     class Spy(Image.Image):
@@ -594,7 +594,7 @@ def test_more_pixels_may_be_allowed_and_fewer() -> None:
         read(data, "x", max_pixels=0.008)
         with pytest.raises(ValueError, match=r"--max-pixels allows 0\.0079 million"):
             read(data, "x", max_pixels=0.0079)
-    # Pillow has a limit of its own, twice as large as the largest that it does not warn of
+    # Pillow has its own limit, twice the size above which it warns
     header, _ = identify(empty_png(20_000, 20_000), "x", 0, max_pixels=400)
     assert (header.width, header.height) == (20_000, 20_000)
 
@@ -617,7 +617,7 @@ def with_scans(count: int, behind: bytes = b"") -> bytes:
 @pytest.mark.slow
 def test_scans_that_cost_more_than_their_bytes() -> None:
     """Each scan passes over all pixels: 56 bytes take 0.3 s of an image of 110 million."""
-    for count in (0, 100):  # and markers in what lies behind the image, such as a video
+    for count in (0, 100):  # and markers in the data after the image, such as a video
         load_image(with_scans(count, b"\xff\xda" * 5000), "x", max_pixels=10)
     for kind in get_args(Kind):
         with pytest.raises(ValueError, match=r"^x has more than 200 scans, too many for its"):
@@ -683,11 +683,11 @@ def test_looking_for_the_end_of_scans_takes_no_more_memory_than_the_file() -> No
 
 
 def peak_of(data: bytes, treatment: Treatment) -> int:
-    """Bytes that decoding takes at its peak, in a process of its own."""
+    """Bytes of memory that decoding takes at its peak, in a separate process."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        # the peak of a fork starts with what its parent has now
+        # the peak of a fork starts with its parent's memory
         Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text
         start = int(re.search(r"VmRSS:\s+(\d+)", status())[1])
@@ -718,7 +718,7 @@ def oriented(image: Image.Image, kind: str, **options) -> bytes:
     ],
 )
 def test_the_largest_image_fits_into_two_gigabytes(kind: str, mode: str, options: dict) -> None:
-    """By what one of a tenth of its pixels takes."""
+    """Extrapolated from an image with a tenth of its pixels."""
     color = (9, 8, 7, 99)[: len(mode)]
     data = oriented(Image.new(mode, (4000, 2750), color), kind, **options)
     assert 10 * peak_of(data, Treatment(photo=True)) < 1.9e9
@@ -759,7 +759,7 @@ def test_any_bytes_are_an_image_or_refused_by_name(data, changes, end, cut, mend
 
 
 def right_checksums(data: bytes) -> bytes:
-    """A PNG whose chunks have the checksums of what they hold: damage reaches the parsers."""
+    """A PNG whose chunk checksums match their content: damage reaches the parsers."""
     position, out = 8, data[:8]
     while 8 <= position <= len(data) - 12:
         length = int.from_bytes(data[position : position + 4])

@@ -1,4 +1,4 @@
-"""Manifest and index: what cannot be right is refused by every reader, with its place."""
+"""Manifest and index: invalid ones are refused by every reader, with the position."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def rewrite(folder: Path, **columns: np.ndarray | None) -> None:
-    """Change, add or (None) remove columns of index.npz, and let the manifest agree with it."""
+    """Change, add or (None) remove columns of index.npz, and update the manifest."""
     manifest = Manifest.load(str(folder))
     old = Index.load(str(folder), manifest)
     new = {**vars(old), **columns}
@@ -210,7 +210,7 @@ def test_an_index_that_cannot_be_right(packed: Path, kind: str) -> None:
 
 
 def test_every_label_is_scored(packed: Path) -> None:
-    """A label in no group would count as right with any prediction that is in no group."""
+    """A label in no group would count as correct with any prediction that is in no group."""
     edit(packed, lambda document: document.update(groups=[[0], [2]]))
     check(packed, "index.npz", "its label is in no group, so it never scores")
     report = verify(str(packed), deep=False, workers=1)
@@ -223,7 +223,7 @@ def test_a_healthy_set_is_read_and_keeps_its_hash(packed: Path) -> None:
     manifest = Manifest.load(str(packed))
     assert manifest.class_ids == LABELS.ids
     assert len(PackedDataset(str(packed))) == 6
-    # manifests that were written before there were ids are what they were
+    # manifests written before there were ids do not change
     edit(packed, lambda document: document.pop("class_ids"))
     older = Manifest.load(str(packed))
     assert older == replace(manifest, class_ids=())
@@ -231,7 +231,7 @@ def test_a_healthy_set_is_read_and_keeps_its_hash(packed: Path) -> None:
 
 
 def test_commands_refuse_emptied_scoring(packed: Path, refused, tmp_path: Path) -> None:
-    """All of them read a set as a PackedDataset or by its manifest."""
+    """All of them read a set as a PackedDataset or through its manifest."""
     edit(packed, lambda document: document.update(groups=[]))
     root, name = packed.parent, packed.name
     config = recipes.build("no-mask", scale="miniature", data=str(root), run=str(tmp_path))
@@ -286,7 +286,7 @@ def at(folder: Path, place: str) -> Iterator[str]:
 @pytest.mark.parametrize("place", ["local", "remote"])
 @pytest.mark.parametrize("shape", [(16, 16, 3), (3, 16, 15), (3, 16, 17), (3, 2, 2)])
 def test_pixels_of_another_shape_are_named(packed: Path, shape: tuple, place: str) -> None:
-    """A payload that has the crc32 of the index, and yet is no square of pixels."""
+    """A payload with the crc32 of the index that is not a square of pixels."""
     index = Index.load(str(packed), Manifest.load(str(packed)))
     payload = to_npy(np.zeros(shape, np.uint8))
     offset = int(index.offset[2])
@@ -309,7 +309,7 @@ def test_pixels_of_another_shape_are_named(packed: Path, shape: tuple, place: st
 @pytest.mark.parametrize("place", ["local", "remote"])
 @pytest.mark.parametrize("kind", ["original", "jpeg"])
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, kind: str, place: str) -> None:
-    """Keys repeat in third-party shards, so a key alone does not say which image it is."""
+    """Keys repeat in third-party shards, so a key alone does not identify an image."""
     photo = BytesIO()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photo, "JPEG")
@@ -341,7 +341,7 @@ def tiny_manifest(tiny_data) -> Manifest:
     ("groups", "expected"),
     [
         (((0,), (1,), (2,), (3,)), [0, 1, 2, 3]),
-        # R and A: their classes alone take part
+        # R and A: only their classes are scored
         (((1,), (3,)), [-1, 0, -1, 1]),
         # ObjectNet: one group may have several classes
         (((3, 0), (2,)), [0, -1, 1, 0]),

@@ -1,4 +1,4 @@
-"""Which file each sample of one's own photos was."""
+"""The source file of each sample of own photos."""
 
 import pytest
 

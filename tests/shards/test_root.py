@@ -1,4 +1,4 @@
-"""Why a set is not there: what lies around the place where it was looked for."""
+"""Why a set is missing: the contents of the folders around its expected path."""
 
 import dataclasses
 import re
@@ -60,7 +60,7 @@ def test_a_set_that_is_missing(root, url, hint):
 
 
 def test_a_store_that_cannot_be_listed_gives_no_hint(root, monkeypatch):
-    monkeypatch.setattr(files, "folders", lambda _: 1 / 0)  # an error that nobody expects is one
+    monkeypatch.setattr(files, "folders", lambda _: 1 / 0)  # an unexpected exception stays one
     with pytest.raises(ZeroDivisionError):
         Manifest.load(f"{root}/shards/test")
 
@@ -96,7 +96,7 @@ def test_the_commands_say_it(tiny_data, refused, tmp_path):
 
 
 def renamed(data: Path, root: Path, name: str, dataset: str = "imagenet-a") -> Path:
-    """A copy of a small set in a folder of another name; `dataset` is what its manifest says."""
+    """A copy of a small set in a folder of a different name; `dataset` is its manifest's field."""
     shutil.copytree(data / "imagenet-a", root / name)
     manifest = Manifest.load(str(data / "imagenet-a"))
     dataclasses.replace(manifest, dataset=dataset).save(str(root / name))

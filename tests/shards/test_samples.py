@@ -1,4 +1,4 @@
-"""samples.npz: what is written reads back, and what cannot be right is refused with its place."""
+"""samples.npz: the output reads back, and invalid content is refused with its position."""
 
 import io
 from dataclasses import replace
@@ -18,7 +18,7 @@ NAMES = ("fog/1", "fog/2", "snow/1")
 
 
 def manifest(data: bytes, count: int, domains: tuple[str, ...] = ()) -> Manifest:
-    """A manifest that vouches for a samples.npz of so many rows."""
+    """A manifest with the hash of a samples.npz of so many rows."""
     some = "0" * 64
     return Manifest(
         dataset="own",
@@ -132,7 +132,7 @@ def test_a_declaration_that_contradicts_itself_is_refused(changes, message):
 
 
 def test_manifests_of_older_sets_keep_their_hash():
-    """Finished runs know their data by it."""
+    """Finished runs identify their data by it."""
     usual = manifest(b"", 3)
     document = replace(usual, samples_sha256=None)._document()
     assert not document.keys() & {"samples_sha256", "domains", "score", "ood", "class_ids"}

@@ -1,4 +1,4 @@
-"""The strict tar walk: what it finds, and that no damage passes for a shorter archive."""
+"""The strict tar walk: its members, and that no damage passes for a shorter archive."""
 
 import contextlib
 import io
@@ -67,7 +67,7 @@ def test_every_cut_is_an_error(position: int) -> None:
 def test_every_flipped_header_byte_is_an_error(position: int, flip: int) -> None:
     data = bytearray(archive(CONTENT))
     starts = [m.offset - tar.BLOCK for m in tar.walk(io.BytesIO(bytes(data)), "x")]
-    # bytes 148-155 hold the checksum itself, whose padding may differ and still be read
+    # bytes 148-155 hold the checksum itself, whose padding may differ and still be readable
     inside = [n for n in range(500) if not 148 <= n < 156]
     place = starts[position % len(starts)] + inside[position % len(inside)]
     data[place] ^= flip
@@ -76,7 +76,7 @@ def test_every_flipped_header_byte_is_an_error(position: int, flip: int) -> None
 
 
 def header(name: str = "a.jpg", size: int | bytes = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header block with a size that tarfile would not write, and a right checksum."""
+    """A header block with a size that tarfile would not write, and a correct checksum."""
     entry = tarfile.TarInfo(name)
     entry.type = kind
     block = bytearray(entry.tobuf(tarfile.USTAR_FORMAT))
@@ -87,7 +87,7 @@ def header(name: str = "a.jpg", size: int | bytes = 0, kind: bytes = tarfile.REG
 
 
 def base_256(number: int) -> bytes:
-    """How GNU tar writes sizes that octal digits cannot."""
+    """GNU tar's format of sizes that exceed octal digits."""
     return (number % 256**12 | (0x80 << 88 if number >= 0 else 0)).to_bytes(12)
 
 
@@ -96,7 +96,7 @@ def filled(data: bytes) -> bytes:
 
 
 def pax(*records: tuple[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
-    """A header with records, each with the length of itself in front."""
+    """A header with records, each preceded by its own length."""
     lines = b""
     for key, value in records:
         text = f" {key}={value}\n".encode()
@@ -172,7 +172,7 @@ def test_more_members_than_memory_has_room_for(monkeypatch):
 
 @pytest.mark.slow
 def test_zeros_without_end(tmp_path):
-    """A sparse file takes no room on the disk, and hours to read."""
+    """A sparse file takes no space on the disk, and hours to read."""
     path = tmp_path / "x.tar"
     path.write_bytes(FILE)
     with path.open("r+b") as stream:
@@ -188,7 +188,7 @@ def test_zeros_without_end(tmp_path):
 def test_a_size_in_a_pax_header_counts():
     data = pax(("size", "3"), ("path", "b/\N{SNOWMAN}.jpg")) + header(size=0) + filled(b"abc")
     assert found(data + FILE + ENDED) == [("b/\N{SNOWMAN}.jpg", b"abc"), ("a.jpg", b"abc")]
-    comment = pax(("comment", "0123"), kind=tarfile.XGLTYPE)  # as git archive writes it
+    comment = pax(("comment", "0123"), kind=tarfile.XGLTYPE)  # as written by git archive
     assert found(comment + FILE + ENDED) == [("a.jpg", b"abc")]
 
 

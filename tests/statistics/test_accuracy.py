@@ -1,4 +1,4 @@
-"""Accuracies and intervals are those of scikit-learn and statsmodels."""
+"""Accuracies and intervals equal those of scikit-learn and statsmodels."""
 
 import warnings
 
@@ -35,7 +35,7 @@ def test_confusion_and_mean_per_class_are_sklearns(pairs):
     assert correct.tolist() == np.diag(found).tolist()
     assert total.tolist() == found.sum(axis=1).tolist()
     with warnings.catch_warnings():
-        # of predicted classes that have no image, which it leaves out too
+        # for predicted classes without images, which it omits too
         warnings.simplefilter("ignore", UserWarning)
         expected = balanced_accuracy_score(label_N, prediction_N)
     assert accuracy.mean_of_groups(correct, total) == pytest.approx(expected, abs=1e-12)

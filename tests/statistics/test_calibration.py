@@ -1,4 +1,4 @@
-"""Calibration is what other libraries compute, over whole sets and whatever the order."""
+"""Calibration equals other libraries' results, over complete sets and in any order."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from rft.statistics import calibration
 
 
 def draw(images: int = 500, classes: int = 7, scale: float = 2.0, seed: int = 0):
-    """Return logits (N, K) that are too sure by `scale`, and labels drawn as they should say."""
+    """Return logits (N, K), overconfident by `scale`, and labels drawn from calibrated ones."""
     draws = np.random.default_rng(seed)
     logits_NK = draws.normal(size=(images, classes)) * 2
     label_N = np.array([draws.choice(classes, p=p) for p in softmax(logits_NK, axis=1)])
@@ -44,7 +44,7 @@ def test_an_edge_belongs_to_the_bin_below_it():
 
 @given(st.permutations(range(12)), st.sampled_from(["width", "mass"]))
 def test_the_order_of_images_does_not_matter(order, how):
-    # with equal confidences, which must not be split over bins by their place
+    # with equal confidences, which must not be split over bins by their order
     confidence_N = np.repeat([0.2, 0.4, 0.9], 4)
     right_N = np.arange(12) % 3 == 0
     found = calibration.bins(confidence_N[order], right_N[order], how, 4)
@@ -54,7 +54,7 @@ def test_the_order_of_images_does_not_matter(order, how):
 
 
 def test_the_mean_over_batches_is_another_number():
-    """Trap 2: errors of batches, averaged, are larger and depend on the batch."""
+    """Trap 2: averaged errors of batches are larger and depend on the batch size."""
     logits_NK, label_N = draw(images=2000, scale=1.0)
     confidence_N = softmax(logits_NK, axis=1).max(axis=1)
     right_N = logits_NK.argmax(axis=1) == label_N
@@ -76,14 +76,14 @@ def test_the_mean_over_batches_is_another_number():
 def test_the_fitted_temperature_is_the_best():
     logits_NK, label_N = draw(images=4000, scale=3.0)
     found = calibration.fit_temperature(logits_NK, label_N)
-    # what made them too sure
+    # the factor of overconfidence
     assert found == pytest.approx(3.0, rel=0.1)
 
     def loss(temperature: float) -> float:
         return -calibration.log_likelihood(logits_NK, label_N, temperature).mean()
 
     expected = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-10})
-    # a minimum of a function is known to the root of its digits alone
+    # a function's minimum is only known to half of its digits
     assert found == pytest.approx(expected.x, rel=1e-6)
     assert loss(found) <= loss(expected.x) + 1e-15
     step = 1e-3

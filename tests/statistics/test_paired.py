@@ -1,4 +1,4 @@
-"""Comparisons of two systems are those of statsmodels and of images drawn one by one."""
+"""Comparisons of two systems equal those of statsmodels, and of images drawn one by one."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ rights = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=
 
 
 def draw(images: int, one: float, two: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return which images two models have right; hard images are hard for both."""
+    """Return the images that two models classify correctly; hard images are hard for both."""
     draws = np.random.default_rng(seed)
     hard_N = draws.uniform(size=images)
     noise_N = 0.1 * draws.normal(size=(2, images))
@@ -30,7 +30,7 @@ def test_mcnemar_is_statsmodels(pairs):
         [np.sum(~one_N & two_N), np.sum(~one_N & ~two_N)],
     ]
     assert (found.gained, found.lost) == (table[0][1], table[1][0])
-    # statsmodels' is above 1 where both are equal
+    # statsmodels' p-value exceeds 1 if both are equal
     assert found.p == pytest.approx(min(1.0, mcnemar(table, exact=True).pvalue), abs=1e-12)
 
 
@@ -40,7 +40,7 @@ def test_mcnemar_of_many_images_is_exact():
     smaller = min(found.gained, found.lost)
     expected = 2 * stats.binom.cdf(smaller, found.gained + found.lost, 0.5)
     assert found.p == pytest.approx(expected, rel=1e-12)
-    # as if they were different images: a test of two shares sees nothing
+    # as if they were different images: a test of two proportions finds nothing
     assert found.p < 1e-3
 
 
@@ -80,7 +80,7 @@ def test_the_bootstrap_of_one_set_is_scipys():
         np.mean,
         n_resamples=20_000,
         method="percentile",
-        # its name before SciPy 1.15, which later ones take too
+        # its name before SciPy 1.15, which later versions still accept
         random_state=np.random.default_rng(3),
     )
     assert found.interval == pytest.approx(
@@ -97,7 +97,7 @@ def test_seeds_are_folded_image_by_image():
 
 
 def test_equal_predictions_are_no_proof_of_equal_systems():
-    """Images drawn anew have no difference either, but others may: about 3 of 100, at most."""
+    """Resampled images show no difference either, but others may: about 3 of 100, at most."""
     one_N, _ = draw(100, 0.5, 0.5)
     value, (low, high), p = paired.bootstrap([paired.gains(one_N[None], one_N[None])])
     assert value == 0.0
@@ -110,7 +110,7 @@ def test_equal_predictions_are_no_proof_of_equal_systems():
 @pytest.mark.parametrize("images", [20, 200])
 @pytest.mark.parametrize("right", [0, 1])
 def test_an_interval_of_all_images_right_or_wrong_is_near_wilsons(images, right):
-    """Of three seeds, in which drawing images anew gives the same accuracy each time."""
+    """Three seeds for which resampled images always give the same accuracy."""
     found = paired.tally(np.full(images, 3 * right), 3)
     drawn_R = paired.redraw(found, np.random.default_rng(0))
     low, high = paired.summarise(found.mean, drawn_R).interval
@@ -137,7 +137,7 @@ def test_units_of_several_sizes_that_are_all_right_have_a_width_too(right):
 
 
 def versions(units: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of some images' versions two systems have right, and each version's unit."""
+    """Return the images' versions that two systems classify correctly, and each version's unit."""
     draws = np.random.default_rng(0)
     unit_N = np.repeat(np.arange(units), draws.choice(sizes, units))
     hard_U = draws.uniform(size=units)
@@ -158,7 +158,7 @@ def test_versions_of_an_image_are_drawn_together(sizes):
     assert found.mean == pytest.approx(gain_N.mean(), abs=1e-14)
     assert (found.units_V * found.size_V).sum() == len(unit_N)
     interval = paired.summarise(found.mean, paired.redraw(found, np.random.default_rng(1))).interval
-    # the same with images in hand: units are drawn, then all of their images are taken
+    # the same with explicit images: units are drawn, then all of their images are taken
     draws, images = np.random.default_rng(2), [np.flatnonzero(unit_N == u) for u in range(60)]
     drawn = np.array(
         [
@@ -188,7 +188,7 @@ def test_a_seed_gives_the_same_interval():
 
 
 def test_pairs_say_more_than_two_intervals():
-    """Intervals of two accuracies overlap where the pairs show a difference."""
+    """Intervals of two accuracies overlap although the pairs show a difference."""
     one_N, two_N = draw(7500, 0.52, 0.50)
     one, two = (wilson(int(right_N.sum()), 7500) for right_N in (one_N, two_N))
     assert one.low < two.high
@@ -196,7 +196,7 @@ def test_pairs_say_more_than_two_intervals():
 
 
 def drawn_seeds(seeds: int, images: int, share: float, seed: int) -> np.ndarray:
-    """Return which images each seed of a system has right, bool (S, N)."""
+    """Return the images that each seed of a system classifies correctly, bool (S, N)."""
     draws = np.random.default_rng(seed)
     hard_N = draws.uniform(size=images)
     return hard_N + 0.2 * draws.normal(size=(seeds, images)) < share
@@ -218,7 +218,7 @@ def test_counted_gains_are_those_of_the_images(one_seeds, two_seeds):
 
 @pytest.mark.slow
 def test_an_accuracys_interval_is_that_of_images_drawn_one_by_one():
-    """Over seeds, an image's own value is its mean: it is drawn as a whole."""
+    """Over seeds, an image's value is its mean over seeds: it is drawn as one."""
     sets = [drawn_seeds(3, 300, 0.7, 1), drawn_seeds(3, 120, 0.4, 2)]
     counted = [paired.tally(right_SN.sum(axis=0), 3) for right_SN in sets]
     found = paired.bootstrap_of(counted, np.random.default_rng(0), replicates=20_000)
@@ -238,5 +238,5 @@ def test_the_p_value_has_both_sides():
     one_N, two_N = draw(2000, 0.6, 0.59)
     gain_N = paired.gains(one_N[None], two_N[None])
     z = gain_N.mean() / gain_N.std() * len(gain_N) ** 0.5
-    # of so many images the normal distribution's is nearly the same
+    # for so many images the normal distribution's is nearly the same
     assert paired.bootstrap([gain_N]).p == pytest.approx(2 * stats.norm.sf(abs(z)), rel=0.2)

@@ -28,11 +28,11 @@ def test_a_model_at_an_end_is_held_against_the_end(accuracy):
 @pytest.mark.parametrize(
     ("x", "y", "says"),
     [
-        ([0.5, 0.6], [0.4, 0.5], "3 models or more, it has 2"),
+        ([0.5, 0.6], [0.4, 0.5], "at least 3 models, it has 2"),
         ([0.5, 0.6, 1.0], [0.4, 0.5, 0.6], "above 0 and below 100%"),
         ([0.5, 0.6, 0.7], [0.4, 0.0, 0.6], "above 0 and below 100%"),
         ([0.5, 0.6, float("nan")], [0.4, 0.1, 0.6], "above 0 and below 100%"),
-        ([0.5, 0.5, 0.5], [0.4, 0.1, 0.6], "one ID accuracy"),
+        ([0.5, 0.5, 0.5], [0.4, 0.1, 0.6], "the same ID accuracy"),
     ],
 )
 def test_a_testbed_that_has_no_line_is_an_error(x, y, says):

@@ -1,4 +1,4 @@
-"""Archives of arrays: read as numpy reads them, and refused before they cost anything."""
+"""Archives of arrays: read like numpy does, and refused before they cost anything."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ def bomb() -> bytes:
 
 
 def lying_bomb() -> bytes:
-    """The same, whose directory says that it is small."""
+    """The same with a directory that understates the size."""
     data = bytearray(bomb())
     place = data.rindex(b"PK\1\2")
     data[place + 24 : place + 28] = struct.pack("<L", 1000)

@@ -1,4 +1,4 @@
-"""JSON documents are what their dataclasses say, or an error that names the place."""
+"""JSON documents match their dataclasses, or are an error that names the field."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_python_is_checked_as_json_is():
 @pytest.mark.parametrize("config", [documents.STRICT, documents.FOREIGN])
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
 def test_no_number_is_too_large_for_a_float(config, number: str):
-    """JSON has no infinity, but numbers that become one."""
+    """JSON has no infinity, but numbers that overflow to one."""
 
     @document(config=config)
     class Measured:

@@ -1,4 +1,4 @@
-"""What is recorded of where a result comes from."""
+"""The recorded provenance of results."""
 
 import importlib.metadata
 import subprocess
@@ -37,12 +37,12 @@ def test_the_commit_is_this_trees_own(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-qm", "one")
     assert len(files.git_revision()) == 12
-    # packages of an environment that lies inside somebody's repository
+    # packages of an environment inside an unrelated repository
     inside = tmp_path / "environment" / "rft" / "__init__.py"
     inside.parent.mkdir(parents=True)
     monkeypatch.setattr(rft, "__file__", str(inside))
     assert files.git_revision() is None
-    # launch/ leaves a copy's commit beside it; one left behind in a checkout is not believed
+    # launch/ stores a copy's commit beside it; one left behind in a checkout is ignored
     (inside.parents[1] / "REVISION").write_text("0123456789ab\n")
     assert files.git_revision() == "0123456789ab"
     (tmp_path / "REVISION").write_text("older\n")

@@ -1,4 +1,4 @@
-"""Files that others may have put there: nothing hangs, and nothing is reached through a link."""
+"""Files that other users may have created: nothing hangs, and links are never followed."""
 
 import dataclasses
 import fcntl
@@ -31,7 +31,7 @@ def fifo(path: Path) -> None:
 
 
 def listening(path: Path) -> None:
-    # a socket's path is short; in the folder it is
+    # a socket's path must be short, relative to the folder it is
     before = Path.cwd()
     os.chdir(path.parent)
     with socket.socket(socket.AF_UNIX) as server:
@@ -53,7 +53,7 @@ KINDS = {"a FIFO": fifo, "a socket": listening, "a device": device}
 def test_what_has_no_end_is_refused(tmp_path, kind: str, read: Callable[[str], object]):
     path = tmp_path / "manifest.json"
     KINDS[kind](path)
-    # it may be the shell's, as in `--classes <(cat classes.json)`: /dev/fd/63 is not to be removed
+    # it may belong to the shell, as in `--classes <(cat classes.json)`: do not remove /dev/fd/63
     advice = "remove it" if kind == "a socket" else "copy its content to a regular file"
     with pytest.raises(ValueError, match=f"{path} is {kind}, not a regular file; {advice}$"):
         read(str(path))
@@ -85,7 +85,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "null", "stdout", "fd", "no-such-name"])
 def test_nothing_in_dev_is_replaced(name: str):
-    # only looked at: as root, what is not refused would be gone for the whole machine
+    # only checked: as root, a file that is not refused would be lost for the whole machine
     with pytest.raises(ValueError, match=f"/dev/{name} is in /dev, where rft does not write"):
         local.require_replaceable(Path("/dev", name))
     with pytest.raises(ValueError, match="where rft does not write"):
@@ -143,7 +143,7 @@ def test_temporary_files_are_new_and_as_private_as_their_files(tmp_path, monkeyp
 
 
 def test_nothing_is_written_through_a_link_that_took_the_place_of_a_file(tmp_path):
-    """As where others may write in the folder, between the file's making and its writing."""
+    """As if a different user changed the folder between the file's creation and its writing."""
     (tmp_path / "victim").write_bytes(b"mine")
     with files.publish(str(tmp_path / "results.json")) as path:
         path.unlink()
@@ -208,10 +208,10 @@ def test_the_cache_fills_nothing_behind_a_link(cache, victim, name, make):
 
 @pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to], ids=["link", "second name"])
 def test_the_cache_empties_no_file_of_others(cache, victim, make):
-    """What it drops it also cuts, for readers to notice; through a link that would be anybody's."""
+    """Dropped files are also truncated, for readers to notice; a link could lead to any file."""
     path = cache.path(SHARD)
     make(path, victim)
-    full = begin(cache, 64 * "b", 100)  # the whole cache: all others have to go
+    full = begin(cache, 64 * "b", 100)  # the complete cache: all others are evicted
     if full is not None:
         full.close()
     if make is Path.symlink_to:
@@ -235,7 +235,7 @@ def test_the_cache_waits_for_nothing(cache, kind):
 
 
 def test_the_cache_drops_its_own_files_alone(tmp_path):
-    """Somebody names the folder of their data as the cache, and it is larger than the limit."""
+    """The user's data folder is given as the cache, and exceeds the limit."""
     names = ["000000.tar", "imagenet.tar", "x.part", f"{64 * 'A'}.tar", f"{65 * 'a'}.tar"]
     for name in names:
         (tmp_path / name).write_bytes(bytes(50))
@@ -305,7 +305,7 @@ def test_a_cache_folder_that_becomes_a_link_is_left(tmp_path, cache, victim):
 
 
 def test_a_cache_folder_stays_the_one_that_was_opened(tmp_path, victim):
-    """Its owner exchanges it for a link while a file is deleted."""
+    """Its owner replaces it by a link while a file is deleted."""
     (tmp_path / "cache").mkdir()
     folder = Folder(tmp_path / "cache")
     (tmp_path / "cache").rename(tmp_path / "before")
@@ -376,7 +376,7 @@ def test_packing_writes_through_no_link(tmp_path):
 
 def test_only_what_nobody_writes_is_removed(tmp_path):
     abandoned = tmp_path / f".index.npz.{'0' * 32}.tmp"
-    own = tmp_path / ".hidden.tmp"  # the user's: not of our form
+    own = tmp_path / ".hidden.tmp"  # the user's file: the name does not have our format
     folder = tmp_path / f".folder.{'1' * 32}.tmp"
     folder.mkdir()
     for path in (abandoned, own):

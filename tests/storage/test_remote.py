@@ -1,4 +1,4 @@
-"""Requests that read, against stores that are made here: what is repeated, bounded and refused."""
+"""Reading requests to simulated stores: retries, limits and refusals."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from rft.storage import files, remote
 
 
 class Store:
-    """A synchronous fsspec client with one entry, which counts the bytes that it hands out."""
+    """A synchronous fsspec client with one entry, which counts the bytes that it returns."""
 
     protocol, async_impl = "x", False
 

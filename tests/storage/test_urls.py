@@ -1,4 +1,4 @@
-"""What may be opened, what is refused, and that fsspec reads what passes as we do."""
+"""Which URLs are opened or refused, and that fsspec interprets accepted ones as we do."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ from tools import shard_folder, shard_imagenet, shard_ood
 from tools import verify_shards as verify_command
 
 SECRET = "canary"
-# what a person or a manifest may write -> a part of the one line about it
+# what a user or a manifest may contain -> part of the one-line error
 REFUSED = {
     "": {},
     "cannot be opened; rft opens local paths and URLs of file, http, https, s3, s3a, gs": [
@@ -152,7 +152,7 @@ PIECES = st.sampled_from(
 
 
 def passed(url: str) -> str | None:
-    """The protocol of what may be opened; None with one line for the rest."""
+    """The protocol of an acceptable URL; None with one line for the rest."""
     try:
         return urls.check(url)
     except ValueError as error:
@@ -176,7 +176,7 @@ def test_fsspec_reads_what_passes_as_we_do(url: str) -> None:
     assert (split_protocol(url)[0] or "file") == protocol
     assert fsspec.utils.get_protocol(url) == protocol
     if protocol == "file":
-        # no more is taken off than what we see
+        # no more is removed than what we see
         fs, path = fsspec.core.url_to_fs(url)
         assert type(fs) is LocalFileSystem
         plain = Path(url.removeprefix("file://")).expanduser() if url[:1] == "~" else None
@@ -185,7 +185,7 @@ def test_fsspec_reads_what_passes_as_we_do(url: str) -> None:
     elif protocol in ("http", "https"):
         from yarl import URL
 
-        with suppress(ValueError):  # a port above 65535 fails when it is asked
+        with suppress(ValueError):  # a port above 65535 fails at the request
             asked = URL(url)
             assert (asked.scheme, asked.user, asked.password) == (protocol, None, None)
             authority = urls.place(url).removeprefix(f"{protocol}://")
@@ -317,7 +317,7 @@ def test_a_foreign_text_loses_credentials_and_nothing_else(text: str) -> None:
 
 
 class Away(OddHandler):
-    """Sends every request to a signed URL that no client of the web can follow."""
+    """Redirects every request to a signed URL that no web client can follow."""
 
     def send_head(self) -> None:
         self.remaining = -1
@@ -325,7 +325,7 @@ class Away(OddHandler):
 
 
 def test_where_a_server_sends_us_is_told_without_its_signature(tmp_path: Path) -> None:
-    """Why foreign texts are cut: nobody gave us this one. Nor is such a redirect followed."""
+    """Why third-party texts are cut: the user never typed this URL. The redirect is refused."""
     handler = partial(Away, Oddity("plain", ".tar"), directory=str(tmp_path))
     with (
         serving(handler) as port,
@@ -357,7 +357,7 @@ def test_no_command_starts_with_a_credential_on_its_line(refused, command, tmp_p
 
 @pytest.mark.parametrize("piece", ["a", "a:/", "?", "&x", "@", "https://h/", "s3:", "a@"])
 def test_a_long_word_takes_no_long_time(piece: str) -> None:
-    """A word of a command line can have 128 KiB: quadratic work would be minutes."""
+    """A word of a command line can have 128 KiB: quadratic work would take minutes."""
     begun = time.process_time()
     with suppress(ValueError):
         urls.check(f"s3://b/{piece * (2**17 // len(piece))}")
@@ -366,14 +366,14 @@ def test_a_long_word_takes_no_long_time(piece: str) -> None:
 
 def test_what_was_recorded_without_credentials_must_be_named_again(refused):
     for url in ("https://***@host/data", "https://host/data?sig=***", "s3://***@b/x?a=1&token=***"):
-        urls.refuse_credentials(url)  # they are not there
+        urls.refuse_credentials(url)  # they do not exist
         line = refused(evaluate_command, "x", "--data", url)
         assert "was recorded without its credentials; pass the URL without them" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "provenance.json"])
 def test_a_report_does_not_publish_what_a_run_folder_holds(tmp_path: Path, name: str) -> None:
-    """A run of an rft that recorded what was typed, or of a stranger."""
+    """A run of an rft that recorded the typed URL, or a hostile one."""
     run = make_run(tmp_path, "vanilla", 0)
     path = run / name
     document = json.loads(path.read_text()) if path.is_file() else {}
@@ -395,10 +395,10 @@ def test_a_traceback_and_a_line_show_no_foreign_credential(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: cannot read https://***\n"
 
     kind = AssertionError
-    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back after the test
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # restored after the test
     with pytest.raises(AssertionError) as bug:
         cli.run(main)
-    sys.excepthook(bug.type, bug.value, bug.tb)  # as the interpreter does
+    sys.excepthook(bug.type, bug.value, bug.tb)  # as in the interpreter
     shown = capsys.readouterr().err
     assert "AssertionError: cannot read https://***" in shown
     assert "s3://***" in shown
@@ -412,7 +412,7 @@ OUTSIDE = (
     *("..%2fx", "a\0x", "a\nx", "C:x", "C:\\x", "c:/x", "a::b", "data:x", "file:x", "http:/h/x"),
     *("%5c..%5cx", "%00", "./x", "a/./x", "a/.", ".", "%2e/x"),
 )
-TIDIED = ("a//x", "a/", "./x", "a/./x", "a/.")  # on a command line: tab completion adds the like
+TIDIED = ("a//x", "a/", "./x", "a/./x", "a/.")  # on a command line, by tab completion
 ELSEWHERE = ("file:///etc/passwd", "/etc/passwd", "//etc/passwd")
 WHOLE = ("https://other.example/0.tar", "s3://b/0.tar", "hf://datasets/x/y/0.tar")
 
@@ -442,7 +442,7 @@ def test_names_that_are_no_sets(name: str) -> None:
 def test_a_remote_manifest_names_no_file_of_the_reader(name: str, folder: str) -> None:
     with pytest.raises(ValueError, match="is a local file"):
         urls.check_shard_name(name, folder)
-    urls.check_shard_name(name, "/data/set")  # as tools/index_shards.py writes it
+    urls.check_shard_name(name, "/data/set")  # as written by tools/index_shards.py
 
 
 @pytest.mark.parametrize("folder", ["https://h/x", "/data", "s3://b/x"])
@@ -487,7 +487,7 @@ def test_the_recorded_set_of_a_strangers_run_is_one_below_its_data_root(tmp_path
 
 
 def with_names(folder: Path, *names: str) -> Path:
-    """Let a manifest call its shards otherwise."""
+    """Rename a shard in a manifest."""
     path = folder / "manifest.json"
     document = json.loads(path.read_text())
     for shard, name in zip(document["shards"], names, strict=False):
@@ -498,7 +498,7 @@ def with_names(folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def copied(tiny_data: Path, tmp_path: Path) -> Path:
-    """The packed set imagenet-val in a folder of the test's own."""
+    """The packed set imagenet-val in the test's own folder."""
     (tmp_path / "imagenet-val").mkdir()
     for path in (tiny_data / "imagenet-val").iterdir():
         if path.is_file():
@@ -520,7 +520,7 @@ def test_a_served_manifest_opens_no_local_file(copied: Path, refused, name: str)
 
 
 def test_other_stores_are_named_before_they_are_asked(copied: Path, tmp_path: Path, capsys) -> None:
-    """Two servers: one has the manifest and the later shards, the other one the first."""
+    """Two servers: one has the manifest and the later shards, the other the first."""
     other = Oddity("plain", ".tar")
     names = [shard.name for shard in Manifest.load(str(copied)).shards]
     assert len(names) > 1
@@ -560,7 +560,7 @@ def test_index_shards_writes_names_that_readers_take(tiny_data: Path, tmp_path: 
     shard = f"{tiny_data}/imagenet-val/000000.tar"
     assert shard_names([shard], f"{tiny_data}/imagenet-val") == ["000000.tar"]
     assert shard_names([shard], str(tmp_path)) == [shard]
-    # once written as "/000000.tar", which is another file
+    # once written as "/000000.tar", which is a different file
     assert shard_names([shard.replace("/0", "//0")], f"{tiny_data}/imagenet-val") == [
         shard.replace("/0", "//0")
     ]
@@ -588,7 +588,7 @@ OUTS = {
 @pytest.mark.parametrize("url", ["s3://bucket/out", "https://h/x", "file:///x", "FTP://h/x"])
 @pytest.mark.parametrize("name", OUTS)
 def test_what_is_opened_by_its_path_is_local(refused, tmp_path, monkeypatch, name, url):
-    """pathlib would make a local folder of it that is called as its protocol."""
+    """pathlib would make a local folder named after its protocol."""
     monkeypatch.chdir(tmp_path)
     command, words = OUTS[name]
     if words[-1] == "--checkpoints":
@@ -608,5 +608,5 @@ def test_a_text_of_many_urls_is_read_once():
         return time.process_time() - began
 
     seconds(100)
-    # 64 times as long, if each URL were looked for in the whole text
+    # 64 times as long, if each URL were searched in the complete text
     assert seconds(16_000) < 24 * seconds(2_000)

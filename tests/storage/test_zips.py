@@ -1,4 +1,4 @@
-"""The directory of a zip archive: its size is known before zipfile reads it."""
+"""The directory of a zip archive: its size is checked before zipfile reads it."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def directory(data: bytes) -> int:
     return len(data) - data.index(b"PK\1\2") - (LARGE if b"PK\6\6" in data else 22)
 
 
-# from 65,536 members on, the numbers are in a record of their own
+# from 65,536 members on, the numbers are in a separate record
 @pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 100, 2**16])
 def test_the_limit_is_exact(members: int):
@@ -43,14 +43,14 @@ def test_the_limit_is_exact(members: int):
 def test_what_torch_writes_is_read():
     stream = io.BytesIO()
     torch.save({"a": torch.zeros(2)}, stream)
-    assert b"PK\6\6" in stream.getvalue()  # whatever its size
+    assert b"PK\6\6" in stream.getvalue()  # for any size
     require_small_directory(stream, 1000)
     with pytest.raises(ValueError, match="may have 99 at most"):
         require_small_directory(stream, 99)
 
 
 def large(**fields: int) -> bytes:
-    """What torch wrote, with other numbers in its last records."""
+    """Torch's output, with other numbers in its last records."""
     stream = io.BytesIO()
     torch.save({}, stream)
     data = bytearray(stream.getvalue())

@@ -1,4 +1,4 @@
-"""What several tests here start from: a job, and a training of some length."""
+"""Fixtures of several tests here: a job, and a training of some length."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def three_epochs(train):
-    """Train 30 steps with checkpoints in between; returns the run folder."""
+    """Train 30 steps with checkpoints in between; return the run folder."""
 
     def run(name: str = "run", *options: object) -> Path:
         length = ("--loader.held-out", 16, "--optim.epochs", 3)

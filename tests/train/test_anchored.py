@@ -1,4 +1,4 @@
-"""Weights that are held to the pre-trained ones: L2-SP, selective projection decay, FTP."""
+"""Weights regularised towards the pre-trained ones: L2-SP, selective projection decay, FTP."""
 
 import copy
 import dataclasses
@@ -29,14 +29,14 @@ from tests.conftest import build_model
 from tests.reference import weight_space as reference
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
-# none of them a default; beta1 swings as one-cycle's does
+# none of them a default; beta1 oscillates as in one-cycle
 UNUSUAL = OptimConfig(lr=0.02, weight_decay=0.3, beta1=0.6, beta2=0.8, eps=1e-3)
 SHAPES = ((4, 3, 2, 2), (5, 7), (6,), (1, 9), (1,))
 STEPS = 30
 
 
 def gradients_of(step: int) -> list[np.ndarray]:
-    """Gradients that keep a direction for some steps, then turn; fp32, as both sides take them."""
+    """Gradients that keep a direction for some steps, then turn; fp32, as on both sides."""
     numbers = np.random.default_rng(step)
     drift = np.random.default_rng(99)
     sign = 1 if step % 10 < 6 else -1
@@ -51,7 +51,7 @@ def rates(step: int) -> OptimConfig:
 
 
 def run_both(optimizer_class, moments_class, strength: float, start: float = 0.0):
-    """Thirty steps of both; returns weights, theta_0 and the references."""
+    """Thirty steps of both; return weights, theta_0 and the references."""
     draw = np.random.default_rng(5)
     anchors = [draw.normal(scale=0.1, size=shape).astype(np.float32) for shape in SHAPES]
     moved = [a + np.float32(start) * draw.normal(size=a.shape).astype(np.float32) for a in anchors]
@@ -182,7 +182,7 @@ def test_l2_sp_is_added_once_and_before_the_clipping(job, images_BCHW, labels_B,
 @pytest.mark.parametrize("optimizer", ["spd", "ftp"])
 @pytest.mark.parametrize("l2_sp", [0.0, 0.5])
 def test_they_compose_with_the_papers_method(job, images_BCHW, labels_B, optimizer, l2_sp):
-    """One step of object-mask-single-fill under each optimizer, against AdamW's by hand."""
+    """One step of object-mask-single-fill under each optimizer, compared with AdamW by hand."""
     optim = replace(job.config.optim, optimizer=optimizer, l2_sp=l2_sp, lr=1e-3)
     job = replace(job, config=replace(job.config, optim=optim))
     assert job.config.method.mask == "object"
@@ -215,7 +215,7 @@ def test_theta_0_keeps_its_digits_where_the_teacher_is_bf16(prepare, recipe):
     assert len(anchors) == len(exact)
     for anchor, own in zip(anchors, exact, strict=True):
         assert torch.equal(anchor, own)
-    # no copy where nothing needs it
+    # no copy if nothing needs it
     assert prepare("--precision", "bf16", recipe="vanilla").objective.pretrained is None
     assert prepare(recipe=recipe).objective.pretrained is None
 
@@ -247,7 +247,7 @@ def test_a_run_stays_nearer_to_the_pre_trained_weights(train, recipe):
 
 
 class Killed(BaseException):
-    """Ends a training at a step, as a kill does."""
+    """Ends a training at a step, like a kill."""
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_ftps_state_is_restored_exactly(tmp_path):
             *("free_step", "radius", "radius_avg", "radius_avg_sq"),
         }
         assert all(torch.equal(after[number][name], value) for name, value in state.items())
-        # of one tensor each, or a file would hold the radii of all tensors once for each
+        # of one tensor each, or each file would hold the radii of all tensors
         assert state["radius"].untyped_storage().nbytes() == 4
 
 

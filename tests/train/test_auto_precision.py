@@ -1,4 +1,4 @@
-"""`--precision auto`: chosen once by the device, then part of what a run is.
+"""`--precision auto`: chosen once by the device, then a fixed part of the run.
 
 A device with native bf16 is simulated where only the choice matters: the runs are real, on the CPU.
 """
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def bf16_gpu(monkeypatch) -> pytest.MonkeyPatch:
-    """As if this machine's device had native bf16; `undo` takes it away again."""
+    """As if this machine's device had native bf16; `undo` removes it."""
     monkeypatch.setattr(dist, "has_bf16", lambda device: True)
     return monkeypatch
 
@@ -42,13 +42,13 @@ def recorded(run: Path) -> set[str]:
 
 
 def stopped(run: Path) -> Path:
-    """Make a finished run one that was stopped after its newest checkpoint."""
+    """Turn a finished run into one that was stopped after its newest checkpoint."""
     (run / "training.json").unlink()
     return run
 
 
 def complaint(three_epochs, capsys, *words: str) -> str:
-    """The line with which the run folder's run is refused."""
+    """The line with which the run is refused."""
     capsys.readouterr()
     with pytest.raises(SystemExit):
         three_epochs(*words)
@@ -81,7 +81,7 @@ def test_tf32_is_for_those_who_name_it(three_epochs, monkeypatch, precision):
 
 @pytest.mark.parametrize(("major", "native"), [(7, False), (8, True), (9, True)])
 def test_emulated_bf16_is_not_counted(monkeypatch, major, native):
-    # torch's own function looks at a card that is not there; for V100 and T4 (7.x) it would answer
+    # torch's own function queries a card that is absent; for V100 and T4 (7.x) it would answer
     # yes if emulation counted
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "12.4")
@@ -191,7 +191,7 @@ def test_a_finished_run_is_finished_on_any_device(three_epochs, bf16_gpu, capsys
     three_epochs("run", "--dry-run")
     assert unstamped(capsys.readouterr().out) == f"run already finished: {run} (in bf16)\n"
     assert (run / "config.json").read_bytes() == before
-    # but only if all else agrees, and not where another precision is named
+    # but only if everything else agrees, and not if another precision is given
     assert "optim.lr: 0.0003 -> 0.5" in complaint(three_epochs, capsys, "run", "--optim.lr", "0.5")
     line = complaint(three_epochs, capsys, "run", "--precision", "fp32")
     assert "precision: 'bf16' -> 'fp32'" in line

@@ -1,6 +1,6 @@
 """The systems that build on other runs, by their commands: LP-FT, WiSE-KD, and the presets.
 
-A batch is 6 of the 68 training images: 11 steps an epoch.
+A batch is 6 of the 68 training images: 11 steps per epoch.
 """
 
 import json
@@ -32,7 +32,7 @@ def test_a_linear_probe_moves_the_head_alone_and_lp_ft_goes_on_from_it(train):
     probe = weights(probe_run)
     for name, value in zero.items():
         assert torch.equal(probe[name], value) == (not name.startswith("head.")), name
-    # nothing learnt after it, so the run's last weights are those that it started from
+    # it learns nothing afterwards, so the run's last weights are its initial ones
     start = train("lp-ft", "--model.start", str(probe_run), "--optim.epochs", "0", name="start")
     for name, value in weights(start, LAST).items():
         assert torch.equal(value, probe[name]), name
@@ -126,7 +126,7 @@ def test_options_of_the_method_train(train, options):
     losses = np.array(metrics(train(*options, *every, name="with"), "loss"))
     plain = np.array(metrics(train(options[0], *every, name="without"), "loss"))
     assert len(losses) == len(plain)
-    # an option is another way to the same end: it moves the losses, and not by much
+    # an option with nearly the same effect: it changes the losses, but only slightly
     assert (losses != plain).any()
     np.testing.assert_allclose(losses, plain, rtol=0.3)
 

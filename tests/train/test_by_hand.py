@@ -1,4 +1,4 @@
-"""A whole training by hand: the textbook's gradients, AdamW in float64, the order from the plan."""
+"""A complete training by hand: the textbook's gradients, AdamW in float64, the plan's order."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from rft.train import command as train_command
 from tests import tiny
 from tests.reference import adamw, textbook, zero_shot
 
-# 60 of 76 images are trained on: two steps an epoch, of which the first warms up
+# 60 of 76 images are used for training: two steps per epoch, of which the first warms up
 NUMBERS = {
     "--loader.batch-size": 30,
     "--loader.held-out": 16,
@@ -30,7 +30,7 @@ NUMBERS = {
     "--optim.weight-decay": 0.3,
     "--optim.beta1": 0.6,
     "--optim.beta2": 0.8,
-    # large, so that AdamW does not make much of gradients that are nearly nothing
+    # large, so that AdamW does not amplify gradients that are nearly zero
     "--optim.eps": 1e-2,
     "--optim.clip-norm": 0.5,
     "--method.distill-weight": 2,
@@ -50,7 +50,7 @@ def run(tmp_path_factory, tiny_data, tiny_clip):
 
 
 def batches(packed: PackedDataset, config: Config):
-    """Images and labels of every step, as the plan has them."""
+    """Images and labels of every step, according to the plan."""
     plan, samples, _ = plan_training(packed, config)
     for epoch in range(config.optim.epochs):
         order = EpochOrder(plan, epoch)

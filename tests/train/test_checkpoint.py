@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not used, written behind the training's back, on any store."""
+"""Checkpoints: complete or unused, written in the background, on any store."""
 
 import dataclasses
 import errno
@@ -54,11 +54,11 @@ def calm(tmp_path_factory, tiny_data, tiny_clip) -> list[str]:
 
 
 class Killed(BaseException):
-    """Ends a training in the middle of a step, after a checkpoint that was under way."""
+    """Ends a training in the middle of a step, after a pending checkpoint was written."""
 
 
 def kill_after(step: int, monkeypatch) -> None:
-    """Let the training die when it comes to `step`."""
+    """Make the training die when it reaches `step`."""
     whole = loop.accumulate_gradients
 
     def dying(job, module, batch, at, *rest):
@@ -105,7 +105,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     assert "step-00000024.pt is damaged" in line
     assert "resuming after step 20" in output.out
     assert weights(run) == calm
-    # a person may want to look at it
+    # a user may want to inspect it
     assert (run / "checkpoints" / "step-00000024.pt.damaged").exists()
 
 
@@ -143,7 +143,7 @@ def test_nothing_starts_again_in_silence_if_all_are_damaged(
     for path in tmp_path.glob("run/checkpoints/*.pt"):
         path.write_bytes(b"")
     before = sorted(tmp_path.glob("run/checkpoints/*"))
-    for _ in range(2):  # a requeued job must not meet an empty folder
+    for _ in range(2):  # a requeued job must not find an empty folder
         capsys.readouterr()
         with pytest.raises(SystemExit):
             three_epochs()
@@ -215,7 +215,7 @@ def test_a_resumed_run_knows_its_best_so_far(tmp_path):
 
 
 def outlive_the_machine(url: str, three_epochs, monkeypatch, run: Path) -> list[str]:
-    """Lose the machine and the newest checkpoint; return the weights of the run that goes on."""
+    """Lose the machine and the newest checkpoint; return the weights of the resumed run."""
     killed(three_epochs, monkeypatch, 26, "--log.checkpoints", url)
     assert not list(run.glob("checkpoints/*.pt"))
     url = f"{url}/{run.name}"
@@ -246,7 +246,7 @@ def test_checkpoints_on_s3_outlive_the_machine(three_epochs, calm, monkeypatch, 
 def test_checkpoints_of_another_run_are_refused(three_epochs, monkeypatch, tmp_path, capsys):
     url = f"memory://other-{tmp_path.name}"
     killed(three_epochs, monkeypatch, 6, "--log.checkpoints", url)
-    # as on another machine, where the former content of the folder is unknown
+    # as on a different machine, where the former content of the folder is unknown
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -418,7 +418,7 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def put(where: str, name: str, value: object) -> Change:
-    """Replace a field of a part of the content; of an optimizer's first parameter for "moments"."""
+    """Replace a field of a part of the content; for "moments", of the first parameter's."""
 
     def change(saved: dict[str, Any]) -> None:
         part = saved["optimizer"]["state"][0] if where == "moments" else saved[where]
@@ -443,7 +443,7 @@ def huge() -> torch.Tensor:
 
 
 HEAD, EMBEDDING = "head.bias", "visual.class_embedding"
-# what a stranger's record can vouch for: a change of the content, and what the error says
+# changes for which a hostile record can have the right hash, and their errors
 CONTENT: dict[str, tuple[Change, str]] = {
     "a list": (lambda _: [1], "it holds a list"),
     "a tensor": (lambda _: torch.zeros(3), "it holds a StoredTensor"),
@@ -498,7 +498,7 @@ CONTENT: dict[str, tuple[Change, str]] = {
 
 
 def deflated(data: bytes) -> bytes:
-    """Write 256 MiB of zeros in a few bytes, as torch never does."""
+    """Write 256 MiB of zeros in a few bytes, unlike torch."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", 8) as new:
         for name in old.namelist():
@@ -538,7 +538,7 @@ def written(folder: Path, change: Change = lambda _: None) -> tuple[Store, Path]
 
 
 def vouch(path: Path) -> None:
-    """Let the record be that of the file as it is."""
+    """Update the record for the file."""
     record = path.with_suffix(".json")
     known = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
     record.write_text(json.dumps({**json.loads(record.read_text()), **known}))
@@ -580,7 +580,7 @@ def test_the_bytes_of_a_checkpoint_are_no_more_trusted_than_its_record(tmp_path,
 
 
 def with_others(seed: int = 0) -> checkpoint.Own:
-    """A run with a text tower that learns and a teacher that moves."""
+    """A run with a text tower that learns and a moving teacher."""
     others = {"text": torch.nn.Linear(3, 2), "teacher": build_model(seed + 1).visual}
     return dataclasses.replace(own(seed), others=others)
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong is one clear line, exit code 2, and nothing half-written."""
+"""A user's mistake is one clear line, exit code 2, and nothing half-written."""
 
 import json
 import shutil
@@ -261,7 +261,7 @@ def test_a_damaged_shard_is_told_in_one_line_by_a_loader_process(options, tmp_pa
     command = [sys.executable, "-m", "rft.train", *arguments]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 2
-    # behind it, on a busy machine, may be what Python's resource tracker says when it ends
+    # after it, on a busy machine, Python's resource tracker may print something when it ends
     (line,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
     assert line.startswith("error: damaged bytes (crc32 mismatch) at ")
     assert "Traceback" not in result.stderr
@@ -327,7 +327,7 @@ def test_counts_of_an_earlier_call_stay(options, tmp_path, tiny_data, capsys):
 def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run" / ".lock"):
-        # another process: a lock can be taken again by the one that holds it
+        # a separate process: a lock can be taken again by its holder
         command = [sys.executable, "-m", "rft.train", *options, "--cluster.lock-wait", "0"]
         result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 2
@@ -370,7 +370,7 @@ def test_torchruns_summary_ends_with_the_mistake():
 
 
 def test_no_option_is_an_abbreviation_of_torchruns():
-    # its parser sees our options too and refuses what could be short for two of its own
+    # its parser sees our options too and refuses abbreviations of two of its own
     from torch.distributed.run import get_args_parser
 
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]

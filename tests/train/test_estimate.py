@@ -1,4 +1,4 @@
-"""What `--dry-run` tells, held against what a step and a run really take."""
+"""The output of `--dry-run`, compared with a real step and run."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_numbers_of_ranks_that_can_share_the_batch(prepare):
     assert possible_ranks(config, 1) == [1, 2, 4]
     assert possible_ranks(config, 3) == [1, 2, 3, 4]
     in_parts = replace(config, optim=replace(config.optim, accumulate=3))
-    # one image in a micro-batch has no other to be filled from
+    # a single image in a micro-batch has no other to be filled from
     assert possible_ranks(in_parts, 1) == [1, 2]
 
 

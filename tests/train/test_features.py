@@ -1,6 +1,6 @@
-"""Features of frozen towers: a run that keeps them learns what one without them learns, bit by bit.
+"""Features of frozen towers: runs with and without kept features learn the same, bit by bit.
 
-A batch is 6 of the 60 training images: 10 steps an epoch.
+A batch is 6 of the 60 training images: 10 steps per epoch.
 """
 
 import json
@@ -50,7 +50,7 @@ def test_the_weights_are_those_without(train, tmp_path, capsys, recipe):
     plain = train(recipe, *options, *OFF, name="plain")
     assert weights(kept) == weights(plain)
     assert held_out_counts(kept) == held_out_counts(plain)
-    # a finished run needs them no more
+    # a finished run no longer needs them
     assert not (kept / FEATURES).exists()
 
 
@@ -64,7 +64,7 @@ def test_the_weights_are_those_without_in_other_forwards(train, options):
 
 
 def blank(data: Path) -> None:
-    """Overwrite all images but the first, which every start looks at."""
+    """Overwrite all images except the first, which is read at every start."""
     packed = PackedDataset(str(data / "imagenet-train"))
     first = int(packed.index.offset[0] + packed.index.length[0])
     for number, shard in enumerate(packed.manifest.shards):
@@ -75,7 +75,7 @@ def blank(data: Path) -> None:
 
 @pytest.fixture
 def own_data(tiny_data, tmp_path) -> Path:
-    """Data that a test may spoil."""
+    """Data that a test may modify."""
     return shutil.copytree(tiny_data, tmp_path / "data")
 
 
@@ -90,7 +90,7 @@ def test_a_probe_with_features_reads_no_image(own_data, tiny_clip, tmp_path, cap
     second = tiny.train("linear-probe", own_data, tiny_clip, tmp_path / "second", *runs[1])
     assert weights(second) == weights(plain)
     assert f"features are read from {tmp_path / 'shared'}" in capsys.readouterr().out
-    with pytest.raises(SystemExit):  # which images are there is noticed by who reads them
+    with pytest.raises(SystemExit):  # missing rows are found when they are read
         tiny.train("linear-probe", own_data, tiny_clip, tmp_path / "third", *runs[1], *OFF)
 
 
@@ -166,7 +166,7 @@ def job(tiny_data, tiny_clip, tmp_path) -> Callable[..., Job]:
 
 
 def require_right(job: Job, step: int, batch: Batch) -> None:
-    """Check a batch's features against those of its images, forwarded as its step does."""
+    """Compare a batch's features with those of its images, forwarded as in its step."""
     samples = job.batches.global_samples(step)
     assert batch.samples_B.tolist() == samples.tolist()
     images_BCHW = job.batches.packed.batch(samples, 16).images_BCHW
@@ -198,7 +198,7 @@ def test_rows_that_vanish_while_they_are_read_are_computed(job, capsys, recipe, 
             no_images = recipe == "linear-probe" and step >= per_epoch
             assert batch.images_BCHW.numel() == 0 or not no_images
     warned = "damaged or from a different file" in capsys.readouterr().err
-    # an open file that is deleted stays readable
+    # an open file stays readable after it is deleted
     assert warned == (happens in (spoil, truncate))
 
 

@@ -1,4 +1,4 @@
-"""Runs of few shots and of augmented images: how they resume, what they record and refuse."""
+"""Runs with few shots and with augmented images: resuming, records and refusals."""
 
 import json
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def train_files(original, tiny_clip, tmp_path) -> Callable[..., Path]:
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Let a run be one that was killed after a checkpoint."""
+    """Turn a run into one that was killed after a checkpoint."""
     (run / "training.json").unlink()
     for path in (run / "checkpoints").iterdir():
         if path.suffix == ".safetensors" or int(path.stem.removeprefix("step-")) > step:
@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_with_the_same_weights(train_files, recipe, step):
 
 @pytest.mark.parametrize("recipe", ["linear-probe", "no-mask"])
 def test_features_of_augmented_images_are_not_kept(train_files, recipe, monkeypatch):
-    """Kept rows would be those of the first epoch's crops."""
+    """Kept rows would belong to the first epoch's crops."""
     opened = []
     monkeypatch.setattr("rft.train.features.Rows.open", lambda *_: opened.append(1))
     run = train_files(recipe, *LONG, *CROPS)
@@ -116,7 +116,7 @@ def test_another_choice_is_another_run(train_files, original, tiny_clip, refused
     words = tiny.training("vanilla", original, tiny_clip, run, *options, *changed)
     name = changed[0].removeprefix("--")
     assert f"another configuration: {name}: " in refused(command, *words)
-    # its checkpoints say so too, should the rest of the folder be lost
+    # its checkpoints record it too, in case the rest of the folder is lost
     for file in ("training.json", "progress.json"):
         (run / file).unlink()
     now = {**command.parse(words).to_dict(), "precision": "fp32"}
@@ -192,7 +192,7 @@ def test_weights_name_the_shots_they_have_seen(train, tiny_data):
     def header(of: Path) -> str:
         return map_state(of / SELECTED).metadata[trained_on.KEY]
 
-    # what earlier versions wrote, and read
+    # the format of earlier versions
     assert json.loads(header(plain)) == [[SET, manifest, 8, 0]]
     assert json.loads(header(run)) == [[SET, manifest, 8, 0, 4]]
     seen = trained_on.of_metadata(run, {trained_on.KEY: header(run)})
@@ -209,14 +209,14 @@ def test_an_export_names_the_shots(train, tiny_clip, tmp_path):
     assert seen[-1] == 4
     page = (tmp_path / "hub" / "README.md").read_text()
     assert f"4 images of each class, manifest {seen[1]}" in page
-    # and comes back with them
+    # and is restored with them
     call(convert, "import", tmp_path / "hub", "--out", tmp_path / "again")
     found = map_state(tmp_path / "again" / SELECTED).metadata[trained_on.KEY]
     assert json.loads(found) == [seen]
 
 
 def test_two_ranks_learn_from_the_same_pixels(train_files, original, tiny_clip, tmp_path):
-    # with weights that hardly move, a step's loss is a function of its pixels
+    # with weights that hardly change, a step's loss is a function of its pixels
     options = (*SHOTS, "--optim.lr", 1e-9, "--log.every-steps", 1, "--optim.epochs", 2)
     options += ("--optim.warmup-steps", 0)
     alone = losses(train_files("vanilla", *options, *CROPS, name="alone"))

@@ -1,4 +1,4 @@
-"""How a run ends, and what a finished one still checks."""
+"""The end of a run, and the checks of a finished one."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # together
 
 @pytest.fixture
 def untrained(train):
-    """Run `rft.train` with no training step in it; returns the run folder."""
+    """Run `rft.train` without training steps; return the run folder."""
 
     def run(recipe: str, *options: object, name: str = "run") -> Path:
         return train(recipe, "--optim.epochs", 0, *options, name=name)
@@ -33,7 +33,7 @@ def test_a_finished_run_refuses_other_weights_to_build_on(untrained, capsys):
     probes.append(untrained("linear-probe", *head, name="random"))
     run = untrained("lp-ft", "--model.start", str(probes[0]))
     assert "start_sha256" in json.loads((run / "training.json").read_text())["inputs"]
-    # the same weights under another name are the same
+    # the same weights under a different name are the same
     untrained("lp-ft", "--model.start", str(probes[1]))
     assert "already finished" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -63,7 +63,7 @@ def test_other_pretrained_weights_under_a_started_run(train, capsys, monkeypatch
 
 @pytest.fixture
 def moved_data(tiny_data, tmp_path):
-    """A data root of one test's own."""
+    """A data root of the test's own."""
     return shutil.copytree(tiny_data, tmp_path / "data")
 
 
@@ -77,12 +77,12 @@ def test_a_run_never_goes_into_the_data(untrained, moved_data, capsys, name):
     assert line.startswith(f"error: --run-dir {moved_data / name} holds packed data (")
     assert line.endswith("name a folder of the run's own")
     assert sorted(moved_data.rglob("*")) == before
-    # below it is the user's choice, and none of the sets
+    # its subfolders are the user's choice, and none of the sets
     untrained("vanilla", "--data", str(moved_data), name="data/runs/first")
 
 
 def with_other_order(url: Path) -> None:
-    """Replace a set's manifest by the one that its classes in another order would have."""
+    """Replace a set's manifest by one with its classes in a different order."""
     manifest = Manifest.load(str(url))
     dataclasses.replace(manifest, classes=manifest.classes[::-1]).save(str(url))
 

@@ -1,4 +1,4 @@
-"""A gallery's frames: which steps, of which weights, after a stop, and at no price for the run."""
+"""A gallery's frames: which steps, of which weights, after a stop, at no cost to the run."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def test_each_frame_is_of_the_weights_after_its_step(three_epochs):
             model = build_classifier(content["model"], architecture)
             expected = label_map(model, images_BCHW, labels_B, "relevance")
             np.testing.assert_allclose(relevance_BP, expected, rtol=1e-4, atol=1e-5)
-    # the first is of the start, which a run without steps ends with
+    # the first shows the start, with which a run without steps ends
     start = read(three_epochs("start", "--optim.epochs", 0) / GALLERY)
     assert start.frames.steps_S.tolist() == [0]
     np.testing.assert_array_equal(start.frames.relevance_SBP[0], gallery.frames.relevance_SBP[0])
@@ -68,11 +68,11 @@ def test_a_resumed_run_has_the_frames_of_an_undisturbed_one(
     assert not (run / GALLERY).exists()
     three_epochs()
     assert (run / GALLERY).read_bytes() == (calm / GALLERY).read_bytes()
-    # finished twice, from the last checkpoint: the frames are in the gallery alone
+    # finished twice, from the last checkpoint: the frames are only in the gallery
     (run / "training.json").unlink()
     three_epochs()
     assert (run / GALLERY).read_bytes() == (calm / GALLERY).read_bytes()
-    # frames that were damaged are lost, and the run is not
+    # damaged frames are lost, but not the run
     (run / "training.json").unlink()
     (run / FRAMES).write_bytes(b"damaged")
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`--optim.freeze`: weights that do not learn, by the patterns of their names."""
+"""`--optim.freeze`: weights that do not learn, by patterns of their names."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from tests import tiny
 from tests.conftest import build_model, sharpen
 
 EARLY = ("visual.conv1*", "visual.class_embedding", "visual.positional_embedding", "visual.ln_pre*")
-# all that the first two of three layers read and are made of
+# all weights of the first two of three layers and below
 FIRST_LAYERS = (*EARLY, "visual.transformer.resblocks.[01].*")
 
 
@@ -85,7 +85,7 @@ def test_the_command_refuses_them_in_one_line(refused, tiny_data, tiny_clip, tmp
 
 
 def clean_and_counterfactual(objective: Objective, images, labels):
-    """A step's two calls; returns the donors and the gradients that are there."""
+    """A step's two calls; return the donors and the gradients."""
     draws = draw(objective.method, range(len(images)), 16, len(images), StepAddress(0, 3, 0, 0))
     objective.zero_grad()
     clean = objective(images, labels, draws)
@@ -185,7 +185,7 @@ def test_a_run_with_frozen_layers_resumes_and_another_pattern_is_another_run(
 
 @pytest.mark.slow
 def test_two_ranks_do_not_wait_for_frozen_weights(tiny_data, tiny_clip, tmp_path):
-    # so large that AdamW makes little of gradients that are rounding alone, as of a key's bias
+    # so large that AdamW does not amplify gradients that are only rounding, as of a key's bias
     options = ("--optim.eps", 1e-2, "--optim.freeze", *EARLY, "head.*")
     # no fill: donors do not depend on the number of ranks
     recipe = "object-mask-no-fill"

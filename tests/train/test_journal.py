@@ -1,4 +1,4 @@
-"""What a run tells while it trains."""
+"""The output of a run while it trains."""
 
 import dataclasses
 import importlib.metadata
@@ -91,7 +91,7 @@ def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, cap
 
 
 def test_the_last_step_has_a_line_where_no_held_out_result_has_one(tmp_path, capsys):
-    """A training of a few seconds would end at "step 10/120" to all appearance."""
+    """A training of a few seconds would appear to end at "step 10/120"."""
     for last_count, expected in ((None, [10, 120]), (Count(1, 4), [10])):
         display = Display(configuration(tmp_path), 0, 120, last_count)
         for step in (10, 20, 120):

@@ -1,4 +1,4 @@
-"""Compiled kernels compute what the eager ones do, compile once, and are chosen by measurement."""
+"""Compiled kernels equal the eager ones, compile once, and are chosen by measurement."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def gradients(method, kernels, images_BCHW, labels_B, **options):
     objective = build_objective(method, kernels=kernels, **options)
     _, _, donor_BP = step(objective, images_BCHW, labels_B)
     found = {name: p.grad for name, p in objective.student.named_parameters()}
-    # the order of first use is that of the compiler's graphs: once more, with nothing to compile
+    # the compiler's graphs are numbered by first use: repeat, with nothing to compile
     with torch._dynamo.config.patch(error_on_recompile=True):
         step(objective, images_BCHW.flip(0), labels_B.flip(0))
     return found, donor_BP
@@ -92,7 +92,7 @@ def test_lengths_that_differ_by_batch_compile_nothing_anew(images_BCHW, labels_B
     draws = draw_for(method, images_BCHW)
     for kept in (3, 7, 12):
         donor_BP = draws.own_B1.expand(-1, 16).where(torch.arange(16) < kept, refill.DROP)
-        # what does not depend on the length is compiled at the first call
+        # regions that do not depend on the length are compiled at the first call
         with torch._dynamo.config.patch(error_on_recompile=kept > 3):
             objective(images_BCHW, labels_B, draws, donor_BP)
 
@@ -107,7 +107,7 @@ def test_the_cams_backward_computes_no_weights_gradient(images_BCHW, labels_B, q
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             step(objective, images_BCHW, labels_B)
         counted[choice] = counter.get_total_flops()
-    # but for the CAM's one small product of a row and a map
+    # except for the CAM's one small product of a row and a map
     assert counted[COMPILED] <= counted[Choice()]
 
 
@@ -185,7 +185,7 @@ def test_the_fastest_is_chosen(job, monkeypatch, changed, best):
     monkeypatch.setattr(fastest, "seconds", lambda _, choice: times[choice])
     monkeypatch.setattr(Job, "total_steps", 1000)
     assert fastest.fastest(job, 0) == best
-    # what is left of the run is shorter than the compiling
+    # the rest of the run is shorter than the compilation
     assert fastest.fastest(job, 999) == Choice()
 
 
@@ -202,7 +202,7 @@ def test_steps_that_read_what_a_tower_gave_do_not_pay_for_compiling(job, monkeyp
 
 @pytest.mark.slow
 def test_a_node_compiles_what_another_does(monkeypatch):
-    """What the compiler tries out depends on the node; and no variant is left uncompiled."""
+    """The compiler's trials depend on the node; each variant left uncompiled gives a warning."""
     monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     load(COMPILED)
@@ -236,7 +236,7 @@ def test_a_cam_that_differs_is_not_used(job):
 @pytest.mark.slow  # imports torch's compiler
 def test_a_compilers_cache_that_others_can_write_is_not_used(job, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    tmp_path.chmod(0o775)  # of a umask that trusts the group
+    tmp_path.chmod(0o775)  # with a umask that trusts the group
     load(COMPILED)
     tmp_path.chmod(0o757)
     with pytest.raises(ValueError, match=rf"other users can write to {tmp_path}, from which"):
@@ -282,7 +282,7 @@ def test_a_resumed_run_computes_as_it_began(tmp_path, tiny_data, tiny_clip, quic
         patch.setattr(loop, "accumulate_gradients", dying)
         with pytest.raises(KilledError):
             train("stopped", "on")
-    # on a CPU, a run that begins with auto is computed as written
+    # on a CPU, a run that starts with auto is not compiled
     assert tiny.weights(train("stopped", "auto")) == tiny.weights(whole)
     eager, ours = (load_state(train("eager", "auto") / LAST).state, load_state(whole / LAST).state)
     for name, value in eager.items():

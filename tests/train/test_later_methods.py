@@ -34,7 +34,7 @@ ALONE = World(rank=0, size=1, local_rank=0)
 CPU = torch.device("cpu")
 RANDOM_FILL = recipes.build("random-mask-single-fill").method
 
-# no weight is 1: one that is ignored would show
+# no weight is 1, so that an ignored one shows
 METHODS = {
     "car-ft": replace(recipes.build("car-ft").method, context_weight=2.5),
     "lipsum-ft": replace(recipes.build("lipsum-ft").method, lipsum_weight=0.3),
@@ -47,7 +47,7 @@ METHODS = {
 
 
 def draws_of(objective: Objective, samples: torch.Tensor, step: int = 3) -> TextDraws:
-    """The texts that a step of seed 0 has; FLYP's templates by a key of the test's own."""
+    """The texts of a step with seed 0; FLYP's templates by a key of the test's own."""
     random_ME = pairs = None
     if objective.random_texts is not None:
         random_ME = objective.random_texts(objective.random_texts.draw(0, step))
@@ -62,7 +62,7 @@ def reference_loss(objective: Objective, images, labels, template_B, random_ME) 
     method, student, teacher = objective.method, objective.student, objective.teacher
     clip = build_clip()
     if objective.contrast is not None:
-        # its parameters are those that the gradients are compared of
+        # its parameters are those whose gradients are compared
         clip.model.load_state_dict(
             {**clip.model.state_dict(), **objective.contrast.tower.state_dict()}
         )
@@ -126,7 +126,7 @@ def test_the_clean_gradients_are_the_references(name, images_BCHW, labels_B):
         pairs += [(n, p, theirs[n]) for n, p in objective.contrast.tower.named_parameters()]
     for key, fast, reference in pairs:
         if key.startswith("head.") and objective.contrast is not None:
-            assert fast.grad is None  # no part of the loss
+            assert fast.grad is None  # not part of the loss
             continue
         scale = reference.grad.abs().max().clamp(min=1e-3)
         difference = (fast.grad - reference.grad).abs().max() / scale
@@ -149,7 +149,7 @@ def test_random_texts_are_a_steps_own_and_no_ranks():
     assert first.shape == (80, 10)
     assert (first[:, 0] == 1).all()
     assert (first[:, -1] == 8).all()
-    # any word but start and end, each about as often
+    # any word except start and end, each about as often
     counts = torch.cat([objective.random_texts.draw(0, n)[:, 1:-1] for n in range(40)])
     counts = counts.flatten().bincount(minlength=9)
     assert counts[1] == counts[8] == 0

@@ -1,4 +1,4 @@
-"""The memory of a step as `--dry-run` counts it, held against what real steps allocate."""
+"""The memory of a step as counted by `--dry-run`, compared with the allocations of real steps."""
 
 import copy
 import sys
@@ -68,7 +68,7 @@ def test_half_precision_and_recomputing_keep_less(prepare):
 
 
 def peak_bytes(call) -> int:
-    """The most bytes allocated at once by `call`, by the allocator's own account."""
+    """The peak of allocated bytes during `call`, by the allocator's own account."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     now = most = 0
@@ -80,7 +80,7 @@ def peak_bytes(call) -> int:
 
 
 def real_peak(job: Job) -> int:
-    """What a rank alone has at most by its second step, with what was there before."""
+    """The peak of a single rank up to its second step, including earlier allocations."""
     optimizer = build_optimizer(job.objective, job.config.optim)
     batch = Batch(*job.batches.packed.batch(job.batches.samples_of(0), job.batches.image_size)[:3])
 
@@ -97,7 +97,7 @@ def real_peak(job: Job) -> int:
     return most + module_bytes(job.objective) + state + batch.images_BCHW.nbytes
 
 
-# a recipe and options for each way through a step
+# a recipe and options for each path through a step
 STEPS = {
     **{name: (name,) for name in RECIPES},
     "accumulate": ("object-mask-single-fill", "--optim.accumulate", "2"),
@@ -184,7 +184,7 @@ def test_tokens_that_a_cam_drops_are_counted_as_if_none_were(prepare):
 @pytest.mark.parametrize("recipe", ["object-mask-single-fill", "random-mask-no-fill", "vanilla"])
 def test_a_torch_without_the_tracker(prepare, monkeypatch, recipe):
     job = prepare(recipe=recipe)
-    # as in a release that has no such module
+    # as in a release without such a module
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
     need = needs(job, [1, 2])
     assert need.totals[0] == pytest.approx(real_peak(job), rel=0.15)
@@ -243,9 +243,9 @@ def test_weights_and_optimizer_state_are_counted_exactly(prepare):
 def test_what_holds_weights_to_the_pre_trained_ones_is_counted(prepare, precision):
     jobs = {name: prepare("--precision", precision, recipe=name) for name in ("vanilla", "ftp")}
     plain, held = (measure(job) for job in jobs.values())
-    # a step of FTP is as large as the weights, its radii are a few numbers
+    # a step of FTP has the size of the weights, its radii are a few numbers
     assert held.states - plain.states == held.trained
-    # a lowered teacher is no theta_0
+    # a lowered teacher differs from theta_0
     copy_bytes = module_bytes(jobs["ftp"].student) if precision == "bf16" else 0
     assert held.teachers - plain.teachers == copy_bytes
     table = estimate(jobs["ftp"], [])

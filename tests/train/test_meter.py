@@ -1,4 +1,4 @@
-"""What the log lines say of the steps since the last one."""
+"""The averages in log lines, over the steps since the last one."""
 
 from dataclasses import replace
 

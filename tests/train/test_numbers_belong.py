@@ -1,7 +1,7 @@
-"""A head belongs to its classes and a number to its weights: every command that could mix them up.
+"""Heads belong to their classes and numbers to their weights: every command that could mix them up.
 
 The same images are packed twice, the second time with the classes in reverse order: the number of
-classes, the architecture and every shape agree, and each label means something else.
+classes, the architecture and every shape agree, but each label means something else.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def trained(tmp_path_factory, tiny_data, reversed_data, tiny_clip) -> Path:
 
 @pytest.fixture
 def folder(trained, tmp_path) -> Path:
-    """A copy of the runs that a test may spoil."""
+    """A copy of the runs that a test may modify."""
     shutil.copytree(trained, tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -77,7 +77,7 @@ def evaluate(*runs: Path, data: Path) -> None:
 
 
 def forget_classes(weights: Path) -> None:
-    """Write a weights file as it was before it carried its classes."""
+    """Rewrite a weights file in its format before it carried its classes."""
     saved = load_state(weights)
     save_state(str(weights), saved.state, saved.architecture, saved.metadata, None)
     tiny.forget_weights(weights.parents[1])
@@ -103,7 +103,7 @@ def test_a_trained_head_carries_the_classes_of_its_data(folder):
     assert load_state(folder / "vanilla" / SELECTED).classes == LABELS.classes
     assert load_state(folder / "vanilla" / LAST).classes == LABELS.classes
     assert load_state(folder / "vanilla-reversed" / SELECTED).classes == REVERSED.classes
-    # what the test is about: nothing but the order tells the two apart
+    # the subject of the test: only the order distinguishes the two
     state = load_state(folder / "zero-shot" / SELECTED).state["head.weight"]
     assert torch.equal(
         state.flip(0), load_state(folder / "zero-shot-reversed" / SELECTED).state["head.weight"]
@@ -139,7 +139,7 @@ def test_a_greedy_soup_on_other_data(folder, tmp_path, reversed_data, tiny_data,
     options = ("--data", reversed_data, "--out", tmp_path / "out")
     line = refused(merge_command, "greedy-soup", one, two, *options)
     assert "was trained on other data" in line
-    for run in (one, two):  # as before the hash was kept
+    for run in (one, two):  # as before the hash was recorded
         record = {"steps": 3, "best_step": 3, "world_size": 1}
         (run / "training.json").write_text(json.dumps(record))
     assert FIRST in refused(merge_command, "greedy-soup", one, two, *options)
@@ -176,7 +176,7 @@ def test_import_and_export_keep_the_classes(folder, tmp_path, reversed_data, ref
 def test_an_exported_folder_names_the_classes_of_the_weights(
     folder, tmp_path, tiny_data, reversed_data, capsys
 ):
-    """Not those of the data that lies under that name today."""
+    """Not those of the data now at that path."""
     data = tmp_path / "data"
     shutil.copytree(reversed_data, data)
     run = folder / "vanilla"
@@ -187,11 +187,11 @@ def test_an_exported_folder_names_the_classes_of_the_weights(
     call(convert, "import", tmp_path / "hub", "--out", tmp_path / "again")
     assert load_state(tmp_path / "again" / SELECTED).classes == LABELS.classes
 
-    # weights that do not say: the data decides only if it is still that of the training
+    # weights without a record: the data decides only if it is still that of the training
     forget_classes(run / SELECTED)
     call(convert, "export", run, "--to", "safetensors", "--out", tmp_path / "a.safetensors")
     assert document(tmp_path / "a.safetensors.json")["classes"] is None
-    assert "imagenet-train was packed again since the run was trained" in capsys.readouterr().err
+    assert "imagenet-train was repacked after the run was trained" in capsys.readouterr().err
     files.write_json(
         str(run / "config.json"), {**document(run / "config.json"), "data": str(tiny_data)}
     )
@@ -215,7 +215,7 @@ def test_a_report_of_heads_of_different_classes(
     one, two = folder / "zero-shot", folder / "vanilla-reversed"
     evaluate(one, data=tiny_data)
     evaluate(two, data=reversed_data)
-    # results that somebody took to be of one set
+    # results that were wrongly attributed to one set
     results = document(two / "results.json")
     sha256 = document(one / "results.json")["sets"]["imagenet-val"]["manifest_sha256"]
     results["sets"]["imagenet-val"]["manifest_sha256"] = sha256
@@ -270,7 +270,7 @@ def test_results_of_other_weights_are_stale(folder, tiny_data, tmp_path, refused
     call(convert, "export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     assert "the card will have no accuracies" in capsys.readouterr().err
     assert document(tmp_path / "m.safetensors.json")["metrics"] == {}
-    # and the command mends it
+    # and the printed command repairs it
     call(evaluate_command, *command.split()[3:])
     call(report_command, run, "--out", out)
 
@@ -296,7 +296,7 @@ def test_weights_that_change_while_they_are_evaluated(folder, tiny_data, refused
 
     monkeypatch.setattr(evaluate_command, "predict", predicted_while_training)
     line = refused(evaluate_command, *evaluation(run, data=tiny_data))
-    assert f"{run / SELECTED} was replaced while it was evaluated" in line
+    assert f"{run / SELECTED} was replaced during its evaluation" in line
     assert not (run / "results.json").exists()
 
 
@@ -317,7 +317,7 @@ def test_a_run_that_has_not_ended_is_named(folder, tiny_data, tmp_path, capsys):
     call(convert, "export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     assert document(tmp_path / "m.safetensors.json")["unfinished"] == reached
     assert f"{run} has not finished training ({reached})" in capsys.readouterr().err
-    # before its first checkpoint nothing says how far it is
+    # before its first checkpoint, its progress is unknown
     (run / "progress.json").unlink()
     assert runs.unfinished(run) == "no step recorded"
 
@@ -390,7 +390,7 @@ def test_a_configuration_of_another_run(folder, tiny_data, tmp_path, refused, ca
     config, results = document(run / "config.json"), document(run / "results.json")
     files.write_json(str(run / "config.json"), {**config, "recipe": "no-mask"})
     line = refused(report_command, run, *out)
-    assert "names recipe 'no-mask', its weights were made by 'vanilla'" in line
+    assert "names recipe 'no-mask', but its weights were made by 'vanilla'" in line
     files.write_json(str(run / "config.json"), {**config, "seed": 7})
     capsys.readouterr()
     call(report_command, run, *out)

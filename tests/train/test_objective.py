@@ -22,7 +22,7 @@ OPTIONS = {
     "bernoulli masks dropped": ("random-mask-no-fill", {"random_mask": "bernoulli"}),
     "derangement": ("object-mask-single-fill", {"single_fill": "derangement"}),
     "grad-cam": ("object-mask-multi-fill", {"cam": "grad-cam"}),
-    # no weight is 1 and no temperature the paper's: one that is ignored would show
+    # no weight is 1 and no temperature the paper's, so that an ignored one shows
     "weights of every loss": (
         "wise-kd-object-mask-single-fill",
         {"kd_weight": 2.5, "kd_temperature": 4.0, "distill_weight": 7.0},
@@ -50,13 +50,13 @@ def draw_for(method: MethodConfig, images) -> Draws:
 
 
 def step(objective: Objective, images, labels):
-    """One step as the loop does it; returns the clean losses, the MSE and the donors."""
+    """One step as in the loop; return the clean losses, the MSE and the donors."""
     clean, found = both_calls(objective, images, labels)
     return clean, (found or clean).terms["mse"], clean.donor_BP
 
 
 def both_calls(objective: Objective, images, labels):
-    """One step as the loop does it; returns what each call returned, None for one not made."""
+    """One step as in the loop; return each call's result, None for one not made."""
     draws = draw_for(objective.method, images) if objective.method.masks else None
     clean = objective(images, labels, draws)
     clean.loss.backward()
@@ -189,7 +189,7 @@ def test_the_teachers_cam_is_the_frozen_models(images_BCHW, labels_B, choice, re
     draws = draw_for(method, images_BCHW)
     donor_BP = objective(images_BCHW, labels_B, draws).donor_BP
     assert all(parameter.grad is None for parameter in objective.teacher.parameters())
-    # the textbook's map needs a graph, which frozen weights alone do not make
+    # the textbook's map needs a graph, which frozen weights alone do not create
     teacher = copy.deepcopy(objective.teacher).requires_grad_()
     normalised = textbook.normalise_images(teacher, images_BCHW)
     for n, label in enumerate(labels_B.tolist()):
@@ -260,7 +260,7 @@ def test_a_context_mask_without_relevance_drops_every_patch(no_fill, images_BCHW
         objective.student.head.weight.zero_()
     _, mse, donors = step(objective, images_BCHW, labels_B)
     assert (donors == -1).all()
-    # the class token alone is left, the same for each image
+    # only the class token is left, the same for each image
     assert 0 < mse < torch.inf
 
 

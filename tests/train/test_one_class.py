@@ -1,4 +1,4 @@
-"""A set that scores a single class is trained on and evaluated with a warning only."""
+"""Training and evaluation on a set that scores a single class only give a warning."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""AdamW by hand; the schedules at their landmarks, and against torch's own."""
+"""AdamW by hand; the schedules at selected steps, and compared with torch's own."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def test_the_papers_schedule_leaves_beta1_alone():
         (1, {"warmup_steps": 0}, ""),
         (0, {}, ""),
         (24_820, {}, ""),
-        # OneCycle's own warm-up of 2% is over before the first step of a short run
+        # OneCycle's own warm-up of 2% ends before the first step of a short run
         (1, {"schedule": "one-cycle"}, "the run has 1 step: the peak learning rate 3e-05 is never "
          "reached (the highest is 1.2e-10); use --optim.schedule cosine"),
         (8, {"schedule": "one-cycle"}, "is never reached"),

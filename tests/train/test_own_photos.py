@@ -1,4 +1,4 @@
-"""From a folder of one's own photos to a fine-tuned and evaluated model, by the commands alone."""
+"""From a folder of own photos to a fine-tuned and evaluated model, by the commands alone."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_own_photos_are_packed_trained_on_and_evaluated(tmp_path, tiny_clip):
     assert len(test) == 4 * len(tiny_world.COLOURS)
     shutil.rmtree(photos)
 
-    # what the tool says to do next, with a model that needs no download
+    # the tool's `next:` line, with a model that needs no download
     (line,) = (line for line in packing.stdout.splitlines() if "rft.train" in line)
     words = line.split("-m rft.train ")[1].split()
     words[words.index("--run-dir") + 1] = str(tmp_path / "run")
@@ -50,7 +50,7 @@ def test_own_photos_are_packed_trained_on_and_evaluated(tmp_path, tiny_clip):
     training = tiny.torchrun(2, "rft.train", *words, *small)
     assert (tmp_path / "run" / "training.json").is_file()
     assert "--sets test" in training.stdout
-    # one of the ranks says what the size of the set makes of the run, and what is odd
+    # one rank prints how the size of the set affects the run, and warnings
     assert training.stdout.count("--scale small for 64 images of 4 classes on 2 ranks:") == 1
     assert training.stderr.count("WARNING: the run has 16 steps, 12 of them warm-up") == 1
     tiny.torchrun(
@@ -65,7 +65,7 @@ def test_own_photos_are_packed_trained_on_and_evaluated(tmp_path, tiny_clip):
 
 @pytest.fixture
 def small(tiny_data, tiny_clip, tmp_path, capsys):
-    """Run `rft.train --scale small` in this process; return what it prints."""
+    """Run `rft.train --scale small` in this process; return its output."""
 
     def run(*options: str) -> str:
         capsys.readouterr()

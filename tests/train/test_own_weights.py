@@ -1,4 +1,4 @@
-"""A complete run folder knows its weights: those of another run in their place are refused."""
+"""A complete run folder knows its weights: those of a different run in their place are refused."""
 
 import json
 import re
@@ -42,19 +42,19 @@ def made(tmp_path_factory, tiny_data, tiny_clip) -> Path:
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of them that a test may modify."""
     return Path(shutil.copytree(made, tmp_path / "runs"))
 
 
 def swap(folder: Path, kind: str) -> tuple[Path, str]:
-    """Put the weights of seed 2 in the place of seed 1's; return the run and what is said."""
+    """Replace seed 1's weights by seed 2's; return the run and the messages."""
     run, other = folder / f"{kind}-1", folder / f"{kind}-2"
     before, now = (files.sha256_file(path / SELECTED)[:12] for path in (run, other))
     assert before != now
     shutil.copy(other / SELECTED, run / SELECTED)
     return run, (
-        f"error: {run / SELECTED} are not the weights that {run} was completed with: recorded is "
-        f"{before}, the file is {now}; restore them, or import the file into a folder of its own: "
+        f"error: {run / SELECTED} was replaced after {run} was completed: recorded is {before}, "
+        f"the file is {now}; restore it, or import the file into a folder of its own: "
         "python -m rft.convert import FILE --out DIR"
     )
 
@@ -88,7 +88,7 @@ def test_weights_of_another_run_are_refused(folder, kind, tiny_data, tmp_path, r
     assert refused(merge_command, "uniform-soup", folder / "zero-shot-0", run, *out) == said
     file = ("--out", tmp_path / "m.safetensors")
     assert refused(convert, "export", run, "--to", "safetensors", *file) == said
-    # what the message advises
+    # the advice of the message
     call(convert, "import", run / SELECTED, "--out", tmp_path / "own")
     call(evaluate_command, *evaluation(tmp_path / "own", tiny_data))
     # a folder of an older rft did not record them
@@ -120,7 +120,7 @@ def test_the_same_command_again_notices(folder, tiny_data, tiny_clip, tmp_path, 
         run, said = swap(folder, kind)
         assert refused(*command()) == said
         assert run.is_dir()
-    # as what a run builds on
+    # as a run that others build on
     line = refused(
         train_command,
         *training("lp-ft", tiny_data, tiny_clip, tmp_path / "more"),
@@ -135,18 +135,18 @@ def test_the_last_weights_are_known_too(folder, tmp_path, refused):
     shutil.copy(folder / "vanilla-2" / LAST, run / LAST)
     command = ("wise", folder / "zero-shot-0", run, "--out", tmp_path / "out")
     line = refused(merge_command, *command, "--end-weights", "last")
-    assert f"{run / LAST} are not the weights that {run} was completed with" in line
+    assert f"{run / LAST} was replaced after {run} was completed" in line
     call(merge_command, *command)
 
 
 @pytest.mark.slow
 def test_weights_of_another_recipe_are_refused(folder, tiny_data, tmp_path, refused):
-    """Also in a folder whose weights nothing recorded."""
+    """Also in a folder without a record of its weights."""
     run = folder / "vanilla-1"
     shutil.copy(folder / "zero-shot-0" / SELECTED, run / SELECTED)
     tiny.forget_weights(run)
     said = re.escape(
-        f"error: {run}/config.json names recipe 'vanilla', its weights were made by 'zero-shot'"
+        f"error: {run}/config.json names recipe 'vanilla', but its weights were made by 'zero-shot'"
     )
     assert re.match(said, refused(evaluate_command, *evaluation(run, tiny_data)))
     out = ("--out", tmp_path / "out")

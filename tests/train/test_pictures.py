@@ -1,4 +1,4 @@
-"""The picture of what a step distilled on, pixel by pixel; and a run's gallery, by the textbook."""
+"""The picture of a step's counterfactuals, pixel by pixel; and a run's gallery, by the textbook."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SAMPLES = np.array([3, 30, 40, 60])
 
 
 def tile(picture_CHW: torch.Tensor, row: int, column: int) -> torch.Tensor:
-    """One image of the grid, at its own size: a line of one pixel lies before each."""
+    """One image of the grid, at its own size: a line of one pixel precedes each."""
     small = picture_CHW[:, ::TIMES, ::TIMES]
     top, left = 1 + row * (SIZE + 1), 1 + column * (SIZE + 1)
     return small[:, top : top + SIZE, left : left + SIZE]

@@ -1,4 +1,4 @@
-"""`--profile` shows the steps that there are and changes none."""
+"""`--profile` shows all steps and changes none."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from tests.tiny import unstamped
 
 @pytest.fixture
 def take_steps(images_BCHW, labels_B):
-    """Do some steps of a longer run; returns the weights."""
+    """Run some steps of a longer run; return the weights."""
 
     def run(folder: Path | None, steps: int, *, first: int = 0, total: int = 0) -> torch.Tensor:
         job = build_job(Arguments(batch_size=6), torch.device("cpu"), "fp32", build_model(0))
@@ -36,7 +36,7 @@ def take_steps(images_BCHW, labels_B):
 
 
 def counts(path: Path) -> dict[str, int]:
-    """How often each name is in a trace."""
+    """The number of occurrences of each name in a trace."""
     with gzip.open(path, "rt") as stream:
         document = json.load(stream)
     assert "host_name" not in document

@@ -1,4 +1,4 @@
-"""Which of a run's models is the one that it is left with."""
+"""Selection of the final model among a run's models."""
 
 import types
 from dataclasses import replace

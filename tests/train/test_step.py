@@ -1,4 +1,4 @@
-"""The parts of a step that the released code does differently: clipping, draws, precision."""
+"""Parts of a step that differ from the released code: clipping, draws, precision."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.conftest import build_model
 @pytest.fixture
 def job() -> Job:
     job = build_job(Arguments(batch_size=6), torch.device("cpu"), "fp32", build_model(0))
-    # that job's teacher equals its student, and then distillation has no gradient
+    # that job's teacher equals its student, so distillation has no gradient
     job.objective.teacher.load_state_dict(build_model(1).state_dict())
     return job
 
@@ -53,7 +53,7 @@ def clipped(vector: torch.Tensor, norm: float) -> torch.Tensor:
 def test_clipping_after_every_micro_batch(job, images_BCHW, labels_B, norm):
     batch = Batch(images_BCHW, labels_B, labels_B)
     free = with_optim(job, clip_norm=1e9, accumulate=3)
-    # what each micro-batch adds, from the sums of the first one, two and three of them
+    # the contribution of each micro-batch, from the sums of the first one, two and three
     whole = gradient(free, batch)
     parts = []
     for micro in range(3):

@@ -1,9 +1,10 @@
-"""Whole steps at the paper's widths without a GPU, on tensors that have a shape and no values.
+"""Complete steps at the paper's widths without a GPU, on tensors with a shape and no values.
 
-On torch's `meta` device any read of a value fails, as the host would wait for a GPU there. Autocast
-does not know `meta`, so bf16 is checked on fake tensors of the CPU: they have no values either, and
-autocast's list for CPUs. Fake tensors of CUDA would have the GPU's, but without a driver torch has
-neither autocast nor backward for them. tests/gpu repeats the first check on a GPU, in bf16 too.
+On torch's `meta` device any read of a value fails, at points where the host would wait for a GPU.
+Autocast does not support `meta`, so bf16 is checked on fake CPU tensors, which have no values
+either, with autocast's list for CPUs. Fake CUDA tensors would have the GPU's list, but without a
+driver torch has neither autocast nor backward for them. tests/gpu repeats the first check on a GPU,
+in bf16 too.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ from rft.train.texts import RandomTexts, Texts
 BATCH = 512
 LAYERS = 3  # a first, a last and one between: all others are like the second
 CLASSES = 1000
-# a larger grid of patches changes shapes alone, the same for all recipes
+# a larger grid of patches only changes shapes, in the same way for all recipes
 CASES = [*((recipe, "ViT-B-32") for recipe in recipes.TRAINED), (recipes.DEFAULT, "ViT-B-16")]
 
 # options that no recipe sets: a recipe and changes of its configuration
@@ -83,7 +84,7 @@ class HostWaitsError(Exception):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what `meta` lets through: operands on two devices, and copies that block.
+    """Refuses operations that `meta` permits: operands on two devices, and copies that block.
 
     A little too strict: a GPU takes a scalar of the CPU without waiting. Not seen are operators
     that wait inside, such as torch.linalg's.
@@ -109,7 +110,7 @@ def devices_of(tree: Any) -> set[str]:
 
 @pytest.fixture
 def meta(monkeypatch) -> torch.device:
-    """The device; it passes where torch knows a GPU and not `meta`, in autocast and fused AdamW."""
+    """The device, which stands in for a GPU where torch supports GPUs and not `meta`."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
@@ -122,11 +123,11 @@ def meta(monkeypatch) -> torch.device:
 
 @pytest.fixture
 def fake(monkeypatch) -> Iterator[torch.device]:
-    """The CPU, of which tensors have no values while the test runs; draws are real at first."""
+    """The CPU, whose tensors have no values during the test; draws are real at first."""
     mode, real = FakeTensorMode(), counterfactual.draw
 
     def draw(*arguments) -> Draws:
-        # a derangement is drawn until it is one
+        # a derangement is redrawn until it is one
         with unset_fake_temporarily():
             draws = real(*arguments)
         values = (mode.from_tensor(part) if torch.is_tensor(part) else part for part in draws)
@@ -138,7 +139,7 @@ def fake(monkeypatch) -> Iterator[torch.device]:
 
 
 def build_model(name: str, device: torch.device) -> Classifier:
-    """An open_clip model without a byte of weights."""
+    """An open_clip model without allocated weights."""
     model = open_clip.get_model_config(name)
     architecture = Architecture(
         clip=name,
@@ -154,7 +155,7 @@ def build_model(name: str, device: torch.device) -> Classifier:
 
 
 def build_texts(method: MethodConfig, model: str, device: torch.device) -> Texts:
-    """What a method needs beside the images, of an open_clip model without a byte of weights."""
+    """A method's inputs beside the images, from an open_clip model without allocated weights."""
     config = open_clip.get_model_config(model)
     with device:
         clip = CLIP(config["embed_dim"], config["vision_cfg"], {**config["text_cfg"], "layers": 2})
@@ -204,7 +205,7 @@ def build_config(recipe: str, **changes) -> Config:
 
 
 def train_one_step(job: Job, watch: TorchDispatchMode) -> list:
-    """One step as the training loop does it; returns the counterfactuals to show."""
+    """One step as in the training loop; return the counterfactuals to show."""
     size = job.batches.image_size
     optimizer, shown = build_optimizer(job.objective, job.config.optim), []
     meter = Meter(job.config, job.world, job.device, steps_per_epoch=1)
@@ -279,7 +280,7 @@ class Precisions(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-# a recipe or an option for each way through a step
+# a recipe or an option for each path through a step
 BF16 = {
     **{name: (name, {}) for name in ("vanilla", "linear-probe", "random-mask-no-fill")},
     **{name: (name, {}) for name in ("object-mask-no-fill", "wise-kd-object-mask-single-fill")},
@@ -288,7 +289,7 @@ BF16 = {
 
 
 def step_in_bf16(config: Config, device: torch.device) -> None:
-    """One step; afterwards check that towers compute in bf16, head and CAM in fp32."""
+    """Run one step, then check that towers compute in bf16, head and CAM in fp32."""
     job, found = build_job(config, "ViT-B-32", device), Precisions()
     gradients: set[torch.dtype] = set()
     for parameter in job.student.parameters():
@@ -298,7 +299,7 @@ def step_in_bf16(config: Config, device: torch.device) -> None:
     assert gradients == {torch.float32}
     assert set(found.head) == {torch.float32}, "the head"
     assert found.others[torch.bfloat16] >= 4 * LAYERS, "four products in each layer of a forward"
-    # for each layer the map, its gradient and the row's update; the last one's map is in the graph
+    # per layer the map, its gradient and the row's update; the last one's map is in the graph
     maps = 3 * (LAYERS - 1) + 1
     cam = maps if config.method.needs_cam and config.method.cam == "relevance" else 0
     assert found.others[torch.float32] == cam, "the CAM"
@@ -318,7 +319,7 @@ def test_a_fake_tensors_value_cannot_be_read_either(fake):
         train_one_step(build_job(config, "ViT-B-32", fake), Precisions())
 
 
-# planted faults: the checks above can fail
+# planted faults, which show that the checks above can fail
 
 
 @pytest.fixture
@@ -358,7 +359,7 @@ def test_a_tensor_made_of_pythons_numbers_is_noticed(job, monkeypatch):
 
 
 def test_an_index_left_on_the_cpu_is_noticed(job, monkeypatch):
-    # a GPU takes it, and the host waits for the copy
+    # a GPU accepts it, and the host waits for the copy
     monkeypatch.setattr(step_module, "to_device", lambda tensor, device: tensor)
     with pytest.raises(HostWaitsError, match="operands on"):
         train_one_step(job, NoWaiting())

@@ -1,4 +1,4 @@
-"""A run that is asked to stop leaves a checkpoint; the same command ends with the same weights."""
+"""A stopped run leaves a checkpoint; the same command ends with the same weights."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
 def at_step(step: int, monkeypatch, action) -> None:
-    """Do something in the middle of a step."""
+    """Run an action in the middle of a step."""
     whole = loop.accumulate_gradients
 
     def acting(job, module, batch, at, *rest):
@@ -83,7 +83,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(three_epochs,
 
 
 def test_what_the_shell_ignores_stays_ignored():
-    # nohup ignores SIGHUP on purpose: the run must outlive the terminal
+    # nohup ignores SIGHUP on purpose: the run must survive the terminal
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest("") as request:
@@ -100,7 +100,7 @@ def test_a_rank_stops_when_its_launcher_is_gone(monkeypatch):
         assert request.reason == ""
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert request.reason == "the process that started this one is gone"
-    # whoever starts a run by hand may log out
+    # a run started by hand survives the user's logout
     monkeypatch.undo()
     with StopRequest("") as request:
         monkeypatch.setattr(os, "getppid", lambda: 1)
@@ -141,7 +141,7 @@ input()
 
 @pytest.fixture
 def other_job(tmp_path):
-    """Another process that is in the run folder."""
+    """A second process that is in the run folder."""
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -172,7 +172,7 @@ def test_a_job_that_is_stopped_while_it_waits_says_so(three_epochs, other_job, m
 
 @pytest.mark.slow
 def test_a_job_waits_for_another_that_leaves(three_epochs, other_job, monkeypatch):
-    # what it logs before it waits
+    # its log before it waits
     monkeypatch.setattr(run.log, "info", lambda _: other_job.kill() or other_job.wait())
     assert (three_epochs() / "training.json").exists()
     assert other_job.returncode == -signal.SIGKILL

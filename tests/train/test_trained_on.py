@@ -1,7 +1,7 @@
-"""What weights have seen goes with them: test images of a different split are warned of.
+"""Weights record the images that they have seen: test images of a different split cause a warning.
 
-The same sets lie below two data roots as `train` and `test`, as own photos do; the second manifest
-of `train` differs, as after packing them anew with another split.
+The same sets are below two data roots as `train` and `test`, like own photos; the second manifest
+of `train` differs, as after repacking with a different split.
 """
 
 import json
@@ -53,7 +53,7 @@ def runs(roots, tiny_clip, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def said(capsys):
-    """Run a command; return what it wrote to the standard error."""
+    """Run a command; return its standard error."""
 
     def run(command, *arguments: object) -> str:
         capsys.readouterr()
@@ -72,9 +72,9 @@ def test_a_run_and_its_weights_alone(runs, roots, said):
     for model in (runs / "a", runs / "a" / SELECTED, runs / "a" / LAST):
         assert "WARNING" not in said(evaluate_command, *evaluation(model, a))
         warning = said(evaluate_command, *evaluation(model, b))
-        assert f"{model} was trained on another train (manifest " in warning
+        assert f"{model} was trained on a different train (manifest " in warning
         assert SEEN in warning
-        assert SEEN in said(evaluate_command, *evaluation(model, b))  # although nothing is to do
+        assert SEEN in said(evaluate_command, *evaluation(model, b))  # although nothing is left
     assert SEEN not in said(evaluate_command, *evaluation(runs / "zero", b))
 
 
@@ -110,7 +110,7 @@ def test_a_run_that_has_not_ended(runs, roots, said, tmp_path):
 
 
 def test_weights_that_do_not_say(runs, roots, said, tmp_path):
-    """Of before; the folder of their run does."""
+    """Of an earlier version; the folder of their run does."""
     run = shutil.copytree(runs / "a", tmp_path / "run")
     saved = load_state(run / SELECTED)
     del saved.metadata[trained_on.KEY]
@@ -121,7 +121,7 @@ def test_weights_that_do_not_say(runs, roots, said, tmp_path):
 
 
 def test_imagenet_has_one_split(tiny_data, tiny_clip, said, tmp_path):
-    """However it is packed: no image of its sets is in another."""
+    """However it is packed: its sets share no image."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     tiny_run = tiny.train("vanilla", tiny_data, tiny_clip, tmp_path / "run")
     path = data / "imagenet-train" / "manifest.json"

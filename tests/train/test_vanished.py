@@ -1,4 +1,4 @@
-"""A run folder that disappears while its run trains: one line, and nothing in its place."""
+"""A run folder that disappears during training: one line, and no new folder."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from tests.train.test_stop import at_step
 
 @pytest.fixture(autouse=True)
 def written_at_once(monkeypatch):
-    """No checkpoint is on its way when a test deletes the folder."""
+    """No checkpoint is pending when a test deletes the folder."""
     whole = checkpoint.Writer.write
 
     def write(self, *arguments):
@@ -35,7 +35,7 @@ def empty(folder):
 
 
 def replace(folder):
-    # deleted, and another job with the same command has begun in its place
+    # deleted, and a second job with the same command has started in its place
     config = (folder / "config.json").read_bytes()
     shutil.rmtree(folder)
     folder.mkdir()

@@ -1,7 +1,7 @@
-"""A run that is logged to Weights & Biases, offline, as wandb's own file shows it.
+"""A run that is logged to Weights & Biases, offline, as recorded in wandb's own file.
 
-wandb is not among the packages of the tests: open_clip imports it where it is installed, which
-costs each process of each test more than a second. `.ci/run` installs it and runs these tests.
+wandb is not among the packages of the tests: open_clip imports it if it is installed, which costs
+each process of each test more than a second. `.ci/run` installs it and runs these tests.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
 
 @pytest.fixture
 def stranger(monkeypatch, tmp_path):
-    """A person without wandb settings and without a login."""
-    wandb.teardown()  # what another test's process has read
+    """A user without wandb settings and without a login."""
+    wandb.teardown()  # cached by a different test's process
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -51,13 +51,13 @@ def records(path: Path) -> list:
     wandb.teardown()  # waits for the process that writes them
     data, place, found, parts = path.read_bytes(), 7, [], b""
     while place < len(data):
-        if 32768 - place % 32768 < 7:  # no header fits what is left of a block
+        if 32768 - place % 32768 < 7:  # no header fits the rest of a block
             place += 32768 - place % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, place + 4)
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             found.append(Record.FromString(parts))
             parts = b""
     return found
@@ -94,7 +94,7 @@ def test_a_run_is_one_wandb_run_with_scalars_and_pictures(tmp_path, offline):
     assert history(first, "held_out_correct") == [(10, 3)]
     assert history(first, "counterfactuals.width") == [(10, SHAPE[1])]
     assert history(second, "loss") == [(30, 1.25)]
-    # a folder that starts anew is another run
+    # a restarted folder is a new run
     with Journal(config, 0, 100, writes=True) as log:
         log.metrics(10, VALUES)
     names = {path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}
@@ -102,7 +102,7 @@ def test_a_run_is_one_wandb_run_with_scalars_and_pictures(tmp_path, offline):
 
 
 def test_wandb_hears_nothing_of_the_machine(tmp_path, offline, monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")  # URLs hold none: rft.config refuses it
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")  # rft.config refuses those in URLs
     config = configuration(tmp_path / "run", wandb="project")
     Path(config.run).mkdir()
     with Journal(config, 0, 100, writes=True) as log:
@@ -137,12 +137,12 @@ def test_wandb_without_a_login_is_one_line(tmp_path, stranger):
 
 
 def services() -> list[int]:
-    """The process ids of wandb's own processes below this one."""
+    """The ids of wandb's own processes below this one."""
     return [pid for pid in tiny_world.children(os.getpid()) if b"wandb-core" in command_line(pid)]
 
 
 def command_line(pid: int) -> bytes:
-    """What a process was started with; nothing once it is gone."""
+    """A process's command line and environment; empty after it has ended."""
     path = Path(f"/proc/{pid}/cmdline")
     return path.read_bytes() if path.exists() else b""
 

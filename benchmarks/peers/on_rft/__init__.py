@@ -1,5 +1,5 @@
 """rft's own packer, loader and checkpoints: python -m benchmarks.peers.on_rft --work FOLDER.
 
-A package, as rft's commands are: loader processes import the module that was started, and
+A package like rft's commands, because loader processes import the started module, and the
 `__main__` of a package imports nothing.
 """

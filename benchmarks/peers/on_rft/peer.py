@@ -1,7 +1,7 @@
 """How rft packs, reads and resumes.
 
-A step of the job is a step of a model of two weights, so that what resumes is a real checkpoint
-(rft.train.checkpoint), which decides by itself whether it fits. Everything else is the default.
+A step of the job trains a model of two weights, so that it resumes from a real checkpoint
+(rft.train.checkpoint), which checks by itself whether it fits. Everything else is the default.
 """
 
 import json
@@ -33,12 +33,12 @@ from rft.train.kernels import Choice
 CPU = torch.device("cpu")
 CLASSES = 3
 CACHE_BYTES = 2**30
-STEPS = 10**6  # of a training; no experiment gets there
+STEPS = 10**6  # of a training; more than any experiment needs
 IDENTITY = {"precision": "fp32"}  # stands for a run's options, which do not change here
 
 
 def write(photographs: Sequence[Sample], folder: Path) -> None:
-    """Pack a folder of photographs with a folder for each class."""
+    """Pack a folder of photographs with one folder per class."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         named = {f"photo{sample.number:05d}": sample for sample in photographs}
@@ -47,9 +47,9 @@ def write(photographs: Sequence[Sample], folder: Path) -> None:
 
 
 def pack(photographs: Sequence[Sample], folder: Path) -> None:
-    """Pack; a second run completes what a killed one left."""
+    """Pack; a second call completes the work of a killed one."""
     source = folder.with_name("photos")
-    if not source.exists():  # the first packing is one that is not killed
+    if not source.exists():  # the first packing is not killed
         _folder({f"photo{sample.number:05d}": sample for sample in photographs}, source)
     _pack(source, folder)
 
@@ -72,7 +72,7 @@ def _pack(source: Path, out: Path) -> None:
 def train(reading: Reading) -> Callable[[int], Iterator[Batch]]:
     """Return its loader, with the checkpoint that rank 0 writes after each batch."""
     world = dist.world_from_env()
-    # for training alone, as `rft.train` has it; local sets are not copied
+    # only for training, as in `rft.train`; local sets are not copied
     cache = Cache(Path(reading.cache), CACHE_BYTES) if "://" in reading.source else None
     packed, defaults = Photos(reading, cache), LoaderConfig()
     everything = np.arange(len(packed))
@@ -88,7 +88,7 @@ def train(reading: Reading) -> Callable[[int], Iterator[Batch]]:
     )
     job = Checkpoints(reading, fingerprint(packed, plan, held_out=0, held_out_seed=0))
     steps = range(job.resume(), STEPS)
-    # one stream for all epochs, as the training loop has it
+    # one stream for all epochs, as in the training loop
     read = zip(
         steps,
         read_batches(batches, steps, workers=reading.workers, device=CPU),
@@ -128,7 +128,7 @@ class Checkpoints:
         return checkpoint.load(store, store.record(self._state["step"]), self._own).progress.step
 
     def save(self, step: int, *, writes: bool) -> dict[str, Any]:
-        """Train a step and write it; return where it is."""
+        """Train a step and write its checkpoint; return the path."""
         own = self._own
         own.student(torch.ones(1, 1)).sum().backward()
         own.optimizer.step()
@@ -165,7 +165,7 @@ def peek(reading: Reading) -> Any:
 
 
 def names(folder: Path) -> list[str]:
-    """Pack under the names and return those that the shards keep beside each image.
+    """Pack under the names and return those that the shards store beside each image.
 
     The keys of samples are made of them, without dots and spaces.
     """

@@ -1,4 +1,4 @@
-"""The data set that rft's loader processes get; it imports no more than they need."""
+"""The data set that rft's loader processes get, with as few imports as possible."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from rft.shards.cache import Cache
 
 
 class Photos(PackedDataset):
-    """rft's dataset, which first reports what its process inherited."""
+    """rft's dataset, which first reports the resources that its process inherited."""
 
     def __init__(self, reading: Reading, cache: Cache | None = None) -> None:
         super().__init__(reading.source, cache=cache)

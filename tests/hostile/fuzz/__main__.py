@@ -23,27 +23,27 @@ from tests.hostile.sandbox import ROOT, Sandbox
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("hypothesis", "numpy", "pillow", "torch", "safetensors", "open_clip_torch", "fsspec")
-GRACE = 120  # seconds that a target may take beyond its time before it counts as hanging
+GRACE = 120  # seconds beyond a target's time after which it counts as hanging
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Mutate valid input of every kind for some minutes, and count what does harm.
+    """Mutate valid input of every kind for some minutes, and count the harm.
 
     Exit code 0 if nothing did, 1 if something crashed; each crash is printed with its smallest
     example and the seed that finds it again.
     """
 
     minutes: float = 10
-    """How long, all targets together."""
+    """Minutes for all targets together."""
     jobs: int = 2
-    """Targets that are fuzzed at the same time."""
+    """Targets to fuzz in parallel."""
     seed: int = 0
-    """The first seed; rounds of 300 tries count on from it."""
+    """The first seed; each round of 300 tries uses the next one."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TARGET...")] = ()
-    """These targets alone."""
+    """Only these targets."""
     save: bool = False
-    """Write the result to benchmarks/results/fuzz.{json,md} as well."""
+    """Also write the result to benchmarks/results/fuzz.{json,md}."""
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             raise cli.unknown("target", name, list(TARGETS))
     if arguments.minutes <= 0 or arguments.jobs < 1:
         raise ValueError("--minutes must be above 0 and --jobs at least 1")
-    # threads that compute do not survive a fork, and waiting for them has no end
+    # compute threads do not survive a fork, and waiting for them never ends
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "world"
@@ -86,7 +86,7 @@ def main() -> None:
 def fuzz_all(
     names: Sequence[str], source: Path, folder: Path, seconds: float, arguments: Arguments
 ) -> dict[str, engine.Counts]:
-    """Fuzz targets, some at a time, each in a process of its own."""
+    """Fuzz targets, several in parallel, each in its own process."""
     context = multiprocessing.get_context("fork")
     waiting, running, found = list(names), {}, {}
     while waiting or running:
@@ -113,7 +113,7 @@ def fuzz_all(
 
 
 def outcome_of(process: Any, reader: Any, *, late: bool) -> engine.Counts | None:
-    """Return what a target's process found, once it has ended; it is ended where it hangs."""
+    """Return the result of a target's process after it has ended; kill it if it hangs."""
     if reader.poll():
         try:
             counts = reader.recv()
@@ -135,7 +135,7 @@ def outcome_of(process: Any, reader: Any, *, late: bool) -> engine.Counts | None
 def fuzz_one(name: str, source: Path, folder: Path, seconds: float, seed: int, writer: Any) -> None:
     """Fuzz one target in this process."""
     with Path(os.devnull).open("w") as silence:
-        os.dup2(silence.fileno(), 1)  # warnings of what is accepted are not wanted
+        os.dup2(silence.fileno(), 1)  # suppress warnings about accepted input
         os.dup2(silence.fileno(), 2)
     target = TARGETS[name](source, folder)
     writer.send(engine.explore_for(seconds, target, folder, seed))

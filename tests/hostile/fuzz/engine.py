@@ -1,4 +1,4 @@
-"""Runs a target with hypothesis and counts what came of it."""
+"""Runs a target with hypothesis and counts the outcomes."""
 
 import contextlib
 import time
@@ -16,11 +16,11 @@ from hypothesis.strategies import SearchStrategy
 from rft.storage import remote
 from tests.hostile.fuzz.guard import Harm, SlowHarm, bounded_memory, watched
 
-REFUSED = (ValueError, OSError)  # what rft/cli.py prints in one line
+REFUSED = (ValueError, OSError)  # the errors that rft/cli.py prints in one line
 
 
 class Target(NamedTuple):
-    """What is drawn, what is done with it, and examples that are tried first."""
+    """The strategy, the check, and examples to try first."""
 
     strategy: SearchStrategy[Any]
     check: Callable[[Any], object]
@@ -29,23 +29,23 @@ class Target(NamedTuple):
 
 @dataclass
 class Counts:
-    """What came of the tries; a crash is counted by where it happened."""
+    """The outcomes of the tries; crashes are counted by location."""
 
     tries: int = 0
     refused: int = 0
     accepted: int = 0
     crashes: Counter[str] = field(default_factory=Counter)
     details: dict[str, str] = field(default_factory=dict)
-    """Of each crash: the smallest example that was found, and the seed."""
+    """Per crash: the smallest example, and the seed."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a JSON document."""
-        # asdict makes pairs of a Counter's keys
+        # asdict turns a Counter's keys into pairs
         return {**vars(self), "crashes": dict(self.crashes)}
 
 
 def place_of(error: BaseException) -> str:
-    """Return kind and place of a crash: the last frame of ours, or of the fuzzer."""
+    """Return kind and location of a crash: the last frame of rft or of the fuzzer."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/rft/" in frame.filename] or list(frames)
     where = ours[-1]
@@ -70,7 +70,7 @@ def attempt(target: Target, example: Any, folder: Path, counts: Counts, seed: st
     except BaseException as error:
         where = place_of(error)
         counts.crashes[where] += 1
-        # again and again while it is made smaller; the last one is the smallest
+        # called repeatedly while the example shrinks; the last one is the smallest
         shown = f"{str(error)[:300]!r} with {example!r}"
         counts.details[where] = f"seed {seed}: {shown[:1500]}"
         raise CrashError(where, is_slow=isinstance(error, SlowHarm)) from error
@@ -79,7 +79,7 @@ def attempt(target: Target, example: Any, folder: Path, counts: Counts, seed: st
 
 
 class CrashError(AssertionError):
-    """A try ended in something that is no clear refusal."""
+    """A try ended in an error that is not a clear refusal."""
 
     def __init__(self, where: str, *, is_slow: bool = False) -> None:
         super().__init__(where)
@@ -89,13 +89,13 @@ class CrashError(AssertionError):
 def explore(
     target: Target, folder: Path, counts: Counts, *, tries: int, seed: int, known: frozenset[str]
 ) -> None:
-    """Make some tries; a crash that is `known` ends none of them.
+    """Make some tries; `known` crashes do not end them.
 
     Raises:
         CrashError: for the first one that is not.
     """
     label = str(seed)
-    # making one smaller would be as slow again and again
+    # shrinking would repeat the slow call many times
     slow: list[CrashError] = []
 
     @hypothesis.seed(seed)
@@ -133,7 +133,7 @@ def explore(
 
 
 def explore_for(seconds: float, target: Target, folder: Path, first_seed: int) -> Counts:
-    """Make tries until the time is over; every crash is kept, and its kind is passed over then."""
+    """Make tries until the time is over; count every crash, and skip its kind afterwards."""
     counts, deadline, seed = Counts(), time.monotonic() + seconds, first_seed
     while time.monotonic() < deadline:
         known = frozenset(counts.crashes)

@@ -1,6 +1,6 @@
-"""What a fuzzed call may do: refuse, and touch one folder. Everything else is harm.
+"""Limits of a fuzzed call: it may refuse, and write to one folder. Everything else is harm.
 
-An audit hook sees every file that Python opens to write, every process and every connection.
+An audit hook sees every file that Python opens for writing, every process and every connection.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CPU_SECONDS = 5.0  # of one call, on any machine: not of a clock
-ADDRESSES = 3 * 2**30  # bytes of address space that a call may add
+CPU_SECONDS = 5.0  # of one call, in CPU time, on any machine
+ADDRESSES = 3 * 2**30  # bytes of address space that a call may use in addition
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "", None)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
@@ -22,11 +22,11 @@ PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.f
 
 
 class Harm(BaseException):
-    """A call did what no input may make it do. Nothing in rft catches it."""
+    """A call did something that no input may cause. rft never catches it."""
 
 
 class _Watch:
-    """What the hook compares with; there is one hook for a process, which cannot be removed."""
+    """The limits for the hook; a process has one hook, which cannot be removed."""
 
     folder: Path | None = None
     installed = False
@@ -58,7 +58,7 @@ def _require_inside(event: str, path: Any, folder: Path) -> None:
 
 
 def _harm(what: str) -> None:
-    _Watch.folder = None  # what is raised may open files
+    _Watch.folder = None  # handling the exception may open files
     raise Harm(what)
 
 
@@ -72,7 +72,7 @@ def _too_long(*_: object) -> None:
 
 @contextlib.contextmanager
 def watched(folder: Path) -> Iterator[None]:
-    """Watch the body: it may write below a folder, take so long, and no more.
+    """Monitor the body: it may write below a folder and use limited time.
 
     Raises:
         Harm: if it does anything else.
@@ -93,7 +93,7 @@ def watched(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Let the body take so much more address space; beyond that it meets a MemoryError."""
+    """Let the body use so much more address space; beyond that it gets a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, hard))

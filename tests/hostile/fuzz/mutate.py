@@ -1,4 +1,4 @@
-"""Mutations of valid bytes and JSON documents, as lists of edits that an example prints in full."""
+"""Mutations of valid bytes and JSON documents, as lists of edits that print completely."""
 
 import copy
 import json
@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-# numbers at which counters, sizes and signs turn over
+# values at which counters, sizes and signs overflow
 EDGES = (0, 1, 2, 7, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1)
 EDGES += (2**62, 2**63 - 1, 2**63, 2**64 - 1)
 PLACES = (
     2**24
-)  # positions are drawn as fractions of this, so that they mean the same when it shrinks
-LARGEST = 2**20  # bytes that edits may let an input grow to
+)  # positions are fractions of this, so that they keep their meaning when an example shrinks
+LARGEST = 2**20  # bytes to which edits may grow an input
 
 
 class Edit(NamedTuple):
-    """A change of bytes at a position, which is a share of the length in 1/PLACES."""
+    """A change of bytes at a position, as a share of the length in 1/PLACES."""
 
     how: str
     at: int
@@ -26,7 +26,7 @@ class Edit(NamedTuple):
 
 
 def edits(tokens: Sequence[bytes] = ()) -> SearchStrategy[list[Edit]]:
-    """Draw edits; `tokens` are pieces of the format that are put over or between the bytes."""
+    """Draw edits; `tokens` are pieces of the format to write over or between the bytes."""
     place = st.integers(0, PLACES)
     numbers = st.builds(
         lambda value, size, order: (value % 256**size).to_bytes(size, order),
@@ -42,7 +42,7 @@ def edits(tokens: Sequence[bytes] = ()) -> SearchStrategy[list[Edit]]:
 
 
 def edited(data: bytes, changes: Sequence[Edit]) -> bytes:
-    """Return bytes with the edits made, one behind the other."""
+    """Apply edits to bytes, in order."""
     found = bytearray(data)
     for how, at, value in changes:
         position = at * len(found) // PLACES
@@ -65,7 +65,7 @@ def edited(data: bytes, changes: Sequence[Edit]) -> bytes:
 
 
 class Change(NamedTuple):
-    """A change of a JSON document at one of its places, counted through."""
+    """A change of a JSON document at one of its positions, by number."""
 
     how: str
     at: int
@@ -102,7 +102,7 @@ NUMBERS = (*EDGES, -1, -2, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**400
 
 
 def hostile_values() -> SearchStrategy[Any]:
-    """Draw values that seldom stand where they are put."""
+    """Draw values that are unusual at their position."""
     leaves = st.sampled_from([None, True, False, *NUMBERS, *TEXTS]) | st.text(max_size=5)
     return st.recursive(
         leaves,
@@ -121,7 +121,7 @@ def changes() -> SearchStrategy[list[Change]]:
 
 
 def places(document: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield container and key of everything in a document."""
+    """Yield container and key of every position in a document."""
     pairs: Any = ()
     if isinstance(document, dict):
         pairs = list(document.items())
@@ -133,13 +133,13 @@ def places(document: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed(document: Any, made: Sequence[Change]) -> Any:
-    """Return a copy of a JSON document with the changes made."""
-    whole = [copy.deepcopy(document)]  # its root is a place, too
+    """Apply changes to a copy of a JSON document."""
+    whole = [copy.deepcopy(document)]  # the root is a position, too
     for how, at, value in made:
         found = list(places(whole))
         container, key = found[at % len(found)]
         here = container[key]
-        value = copy.deepcopy(value)  # or a later change may put it into itself
+        value = copy.deepcopy(value)  # or a later change may insert it into itself
         match how:
             case "put":
                 container[key] = value
@@ -161,7 +161,7 @@ def changed(document: Any, made: Sequence[Change]) -> Any:
 
 
 def to_text(document: Any, style: str = "") -> bytes:
-    """Return a document's text, with lone surrogates and numbers that JSON lacks."""
+    """Format a document's text, including lone surrogates and numbers that JSON lacks."""
     text = json.dumps(document)
     match style:
         case "mark":
@@ -176,5 +176,5 @@ def to_text(document: Any, style: str = "") -> bytes:
 
 
 def styles() -> SearchStrategy[str]:
-    """Draw how a document is written, mostly as it should be."""
+    """Draw the formatting of a document, mostly the normal one."""
     return st.sampled_from(["", "", "", "", "", "mark", "utf-16", "deep", "cut"])

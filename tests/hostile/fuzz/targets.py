@@ -1,4 +1,4 @@
-"""The targets of the fuzzers. Each takes the valid world and a folder of its own to write in."""
+"""The targets of the fuzzers. Each takes the valid world and its own writable folder."""
 
 import contextlib
 import io
@@ -72,8 +72,8 @@ from tests.hostile.table.tars import BROKEN as BROKEN_TARS
 from tests.hostile.table.tars import END, header, member, number, pax
 from tests.hostile.table.weights import header_of, with_header
 
-MOST_SAMPLES = 100  # that a mutated set is read with: a valid one has four
-SMALL_BYTES = 10**6  # a seed that is larger slows everything and finds no more
+MOST_SAMPLES = 100  # for reading a mutated set: a valid one has four
+SMALL_BYTES = 10**6  # a larger seed only slows everything down
 
 
 def read_json(path: Path) -> Any:
@@ -87,7 +87,7 @@ def npz_bytes(columns: Mapping[str, np.ndarray]) -> bytes:
 
 
 def manifest(world: Path, folder: Path) -> Target:
-    """A mutated manifest over a mutated index, and then a batch: refused, or the right one."""
+    """A mutated manifest over a mutated index, and then a batch: refused, or correct."""
     sets = {}
     for name in ("shards", "original"):
         shutil.copytree(world / name / "test", folder / name, dirs_exist_ok=True)
@@ -116,7 +116,7 @@ def manifest(world: Path, folder: Path) -> Target:
         packed = PackedDataset(str(folder / name))
         samples = np.arange(min(len(packed), MOST_SAMPLES))
         batch = packed.batch(samples, 16)
-        # whatever vouches for them, they are pictures of the set, with labels that are scored
+        # whatever vouches for them, they are images of the set, with scored labels
         scored = {class_id for group in packed.manifest.groups for class_id in group}
         assert set(batch.labels_B.tolist()) <= scored
         assert batch.labels_B.tolist() == packed.index.label[samples].tolist()
@@ -138,7 +138,7 @@ def manifest(world: Path, folder: Path) -> Target:
 
 
 def index(world: Path, folder: Path) -> Target:
-    """The bytes of index.npz or samples.npz, under a manifest that vouches for them."""
+    """The bytes of index.npz or samples.npz, with a matching manifest."""
     source = world / "shards/test"
     document, whole = read_json(source / "manifest.json"), Manifest.load(str(source))
     document["domains"] = ["fog", "snow"]
@@ -183,7 +183,7 @@ def index(world: Path, folder: Path) -> Target:
 
 
 def tars(world: Path, folder: Path) -> Target:
-    """Archives of members whose headers lie, and mutated valid ones."""
+    """Archives whose member headers are wrong, and mutated valid archives."""
     valid = (world / "foreign/0.tar").read_bytes()
     labels = LabelSpace.load(str(world / "classes.json")).classes
     rule = Rule(labels=labels, groups=None)
@@ -232,7 +232,7 @@ def names() -> st.SearchStrategy[str]:
 
 
 def image(world: Path, folder: Path) -> Target:
-    """Pictures, whole and in chunks, through every way that rft reads one."""
+    """Images, complete and in chunks, through every reader of rft."""
     small = {
         name: make for name, make in (BROKEN_IMAGES | FINE | CONTROLS).items() if "C7" not in name
     }
@@ -286,7 +286,7 @@ def image(world: Path, folder: Path) -> Target:
 
 
 def weights_header(world: Path, folder: Path) -> Target:
-    """The header of safetensors: its own entries, ours within it, and its bytes."""
+    """The header of safetensors: its own entries, rft's entries, and its bytes."""
     valid = (world / "zero/checkpoints/last.safetensors").read_bytes()
     document = header_of(valid)
     own = json.loads(document["__metadata__"]["rft"])
@@ -317,7 +317,7 @@ def weights_header(world: Path, folder: Path) -> Target:
 
 
 class Opcode:
-    """Pieces of pickles: whole opcodes with arguments that they may have."""
+    """Pieces of pickles: complete opcodes with valid kinds of arguments."""
 
     RUN = (
         b"cos\nsystem\n",
@@ -407,7 +407,7 @@ def unpickler(world: Path, folder: Path) -> Target:
 
 
 def config(world: Path, folder: Path) -> Target:
-    """A run's configuration: refused, or one that goes out as it came in."""
+    """A run's configuration: refused, or written back unchanged."""
     document = read_json(world / "run/config.json")
 
     def check(example: tuple[list[Change], str]) -> None:
@@ -428,7 +428,7 @@ def config(world: Path, folder: Path) -> Target:
 
 
 def report(world: Path, folder: Path) -> Target:
-    """Two run folders of which one document is mutated: tables and page, without pictures."""
+    """Two run folders with one mutated document: tables and page, without figures."""
     names = (
         "config.json",
         "results.json",
@@ -522,7 +522,7 @@ def documents(world: Path, folder: Path) -> Target:
 
 
 def options_of(kind: Callable[..., Any], **more: Any) -> list[str]:
-    """Return the options that a command's help names."""
+    """List the options in a command's help."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         cli.parse(kind, args=[*more.get("before", ()), "--help"])
@@ -530,7 +530,7 @@ def options_of(kind: Callable[..., Any], **more: Any) -> list[str]:
 
 
 def commands(world: Path, folder: Path) -> Target:
-    """Command lines of every command, through its parser and what is checked before any work."""
+    """Command lines of every command, through its parser and the checks before any work."""
 
     def plan(words: list[str]) -> None:
         found = cli.parse(Plan, args=words).plan

@@ -1,4 +1,4 @@
-"""Every row, by kind; see tests/hostile/rows.py for what a row is."""
+"""All rows, by kind; tests/hostile/rows.py defines a row."""
 
 from tests.hostile.rows import Row
 from tests.hostile.table import (

@@ -1,4 +1,4 @@
-"""Command lines that cannot be meant, one for each command and kind of option."""
+"""Command lines that are certainly mistakes, one per command and kind of option."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -37,7 +37,7 @@ ENSEMBLE = ("rft.ensemble", "ose", "zero", "run", *COUNT, "--out", "m")
 VRF = ("rft.ensemble", "vrf", *ENSEMBLE[2:])
 NAMED = ("rft.merge", "rft.ensemble", "rft.convert")  # whose first word is a command of its own
 OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
-    # command, option, value, what the line says
+    # command, option, value, expected words of the line
     (DRY, "--optim.lr", "nan", "lr"),
     (DRY, "--optim.lr", "inf", "lr"),
     (DRY, "--optim.lr", "-1", "lr"),
@@ -239,7 +239,7 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.convert", "export", "gone", "--to", "released", "--out", "x.pt"), "gone"),
     (
         ("rft.convert", "export", "run", "--out", "x.pt", "--to", "released", "--push", "hf://a/b"),
-        "--push takes the folder",
+        "--push uploads the folder",
     ),
     ((*PUSHED, "--to", "open-clip", "--push", "hf://datasets/a"), "hf://USER/NAME"),
     ((*PUSHED, "--to", "open-clip", "--push", "hf://a/../b"), "hf://USER/NAME"),

@@ -67,7 +67,7 @@ def columns_with(place: Place, **arrays: bytes) -> dict[str, bytes]:
 
 
 def index_with(**arrays: bytes | Callable[[], bytes]) -> Callable[[Place], None]:
-    """Put arrays into the index; large ones are made when they are needed."""
+    """Put arrays into the index; large ones are created on demand."""
 
     def damage(place: Place) -> None:
         made = {name: data if isinstance(data, bytes) else data() for name, data in arrays.items()}
@@ -86,7 +86,7 @@ def bomb() -> bytes:
 
 
 def lied_size(place: Place) -> None:
-    """A zip whose directory says that a member is small."""
+    """A zip whose directory understates a member's size."""
     data = bytearray(npz(columns_with(place, offset=header((2**28,)) + zeros(2**31 - 2**10))))
     at = data.find(b"PK\x01\x02")
     data[at + 24 : at + 28] = (200).to_bytes(4, "little")
@@ -122,7 +122,7 @@ def long_classes(place: Place) -> None:
 
 
 def wide_text(place: Place) -> None:
-    """60 MB of letters, of which Python keeps four bytes each because of one."""
+    """60 MB of letters, for which Python needs four bytes each because of one."""
     path = place / "shards/test/manifest.json"
     document = json.loads(path.read_text()) | {"dataset": "X"}
     text = json.dumps(document).replace('"X"', '"\N{GRINNING FACE}' + "a" * 60_000_000 + '"')
@@ -167,7 +167,7 @@ def column(name: str, value: int) -> Callable[[Place], None]:
 
 
 def lengths(place: Place) -> None:
-    """Let each payload have four gigabytes, and the shard as many as that takes."""
+    """Make each payload four gigabytes, and the shard large enough."""
     columns = place.columns()
     columns["length"][:] = 2**32 - 1
     stream = io.BytesIO()
@@ -177,7 +177,7 @@ def lengths(place: Place) -> None:
 
 
 def sparse_shard(place: Place) -> None:
-    """The same, and the shard really has them: a file of holes."""
+    """The same with a shard that really has this size: a sparse file."""
     lengths(place)
     place.edit_shard(bytes=2**40)
     os.truncate(place / "shards/test/000000.tar", 2**40)
@@ -189,7 +189,7 @@ def large_gallery(place: Place) -> None:
 
 
 def dear_gallery(patch: int, columns: int) -> Callable[[Place], None]:
-    """A gallery as large as it may be, of noise, with a name that the font does not have."""
+    """A gallery of the maximum size, of noise, with a name that the font lacks."""
 
     def damage(place: Place) -> None:
         rng = np.random.default_rng(0)
@@ -202,7 +202,7 @@ def dear_gallery(patch: int, columns: int) -> Callable[[Place], None]:
             "relevance_BP": np.zeros((count, grid), np.float16),
             "patch": np.array(patch),
             **{f"donor/r{n}": donors for n in range(columns)},
-            # all the steps too, where the limit of bytes has room for them
+            # as many steps as the limit of bytes permits
             "steps_S": np.arange(steps := 12 if patch > 1 else 1),
             "relevance_SBP": np.zeros((steps, count, grid), np.float16),
             "masked_SBP": np.ones((steps, count, grid), bool),
@@ -213,7 +213,7 @@ def dear_gallery(patch: int, columns: int) -> Callable[[Place], None]:
 
 
 def many_runs(count: int, recipe: str = "r{}", lines: int = 0) -> Callable[[Place], None]:
-    """Runs of a recipe each, evaluated on everything, each with lines of metrics."""
+    """One run per recipe, evaluated on everything, each with lines of metrics."""
 
     def damage(place: Place) -> None:
         results, config = place.read("run/results.json"), place.read("run/config.json")
@@ -272,7 +272,7 @@ def large_commands(place: Place) -> None:
 
 
 def many_files(place: Place) -> None:
-    """A tar with as many members as its size allows."""
+    """A tar with as many members as its size permits."""
     write_tar(place / "foreign/0.tar", [(f"{n}.jpg", b"") for n in range(30_000)])
 
 
@@ -386,7 +386,7 @@ def rows() -> Iterator[Row]:
         "metrics of four runs, each as long as one may be",
         ("rft.report", "runs", "--out", "report"),
         many_runs(4, lines=2**19),
-        "no curves are drawn, because the metrics",
+        "no training curves: the metrics",
         answer="accepted",
         thorough=True,
     )

@@ -1,6 +1,6 @@
-"""JSON: each document that rft reads, in each way that one can be broken; then what only some can.
+"""JSON: every document that rft reads, damaged in every general way, then in specific ways.
 
-The damages are crossed with the documents, because a fault of one reader is a fault of its kind.
+Damages are crossed with documents, because a fault of one reader is a fault of its kind.
 """
 
 import json
@@ -33,21 +33,21 @@ class Document:
     words: Sequence[str]
     prepare: Callable[[Place], object] = lambda _: None
     optional: bool = False
-    """Whether the command has an answer where it is absent, or where it says nothing useful."""
+    """Whether the command works without it, or with an empty one."""
     says: str = ""
-    """Other words for it than its file name."""
+    """Other names for it than its file name."""
     writes: Sequence[str] = ()
     slow: bool = False
 
 
 def unfinished(place: Place) -> None:
-    """Let the run be one that has not ended."""
+    """Make the run an unfinished one."""
     (place / "run/training.json").unlink()
     (place / "run/results.json").unlink()
 
 
 def uncommitted(place: Place) -> None:
-    """Let the test set lack its manifest."""
+    """Remove the manifest of the test set."""
     (place / "shards/test/manifest.json").unlink()
 
 
@@ -102,7 +102,7 @@ DOCUMENTS = (
 
 
 def leaves_as(value: object) -> Callable[[Any], Any]:
-    """A change that puts a value in place of each that is no list or object."""
+    """A change that replaces each value that is not a list or object."""
 
     def change(document: Any) -> Any:
         if isinstance(document, dict):
@@ -125,7 +125,7 @@ def text_documents(place: Place, path: str) -> list[str]:
 
 
 def numbers_as(text: str) -> Callable[[Place, str], None]:
-    """A change that writes each number in another way."""
+    """A change that writes each number in a different way."""
 
     def change(place: Place, path: str) -> None:
         content = (place / path).read_text()
@@ -135,7 +135,7 @@ def numbers_as(text: str) -> Callable[[Place, str], None]:
 
 
 def replace_by(make: Callable[[Any], object]) -> Callable[[Place, str], None]:
-    """A change that puts something else where the document was."""
+    """A change that replaces the document by something else."""
 
     def change(place: Place, path: str) -> None:
         (place / path).unlink()
@@ -207,7 +207,7 @@ DAMAGES: dict[str, tuple[Change, Answer, Answer]] = {
     "UTF-16": (recode("utf-16"), "either", "either"),
     "a byte order mark": (recode("utf-8-sig"), "either", "either"),
 }
-# much like another one; `make test` tries them on the manifest alone
+# similar to others; `make test` tries them only on the manifest
 THOROUGH = ("a number", "null", "all values lists", "nested objects", "no text", "UTF-16")
 THOROUGH += ("a link to itself", "numbers without an end")
 QUICK = ("manifest", "classes", "results", "provenance", "commit record")
@@ -228,7 +228,7 @@ def crossed() -> Iterator[Row]:
                 change(place, path)
 
             answer: Answer = optional if document.optional else required
-            # it is written anew where it is no record of the shard
+            # it is rewritten if it is not a record of the shard
             if document.name == "commit record":
                 answer = "either"
             yield Row(
@@ -266,7 +266,7 @@ def shard(what: str, says: str, **values: object) -> Row:
     )
 
 
-# what else a line may call a document, instead of its file's name
+# other names of a document in a line, instead of its file name
 NAMED = {
     "open_clip_config.json": "open_clip_config|clip",
     "training.json": "training|finished run",
@@ -303,7 +303,7 @@ def field(
         what=f"{document}: {what}",
         words=words,
         damage=damage,
-        # JSON has no such number, and a decoder of JSON knows no field's name
+        # JSON has no such number, and a JSON decoder does not know field names
         says=[NAMED.get(name, re.escape(name)), *([f"{says}|valid JSON"] if says else [])],
         answer=answer,
         slow=slow,
@@ -359,7 +359,7 @@ def escaping_shard(place: Place) -> None:
 
 
 def is_right(place: Place, _: Any) -> None:
-    """The set is what it was before it was damaged, if there is one."""
+    """The set is unchanged since before the damage, if it exists."""
     path = place / "shards/test/manifest.json"
     if path.exists():
         shards = json.loads(path.read_text())["shards"]
@@ -369,7 +369,7 @@ def is_right(place: Place, _: Any) -> None:
 
 
 def record(what: str, damage: Callable[[Place], None]) -> Row:
-    """A row for a commit record: it is refused, or the shard is written anew."""
+    """A row for a commit record: it is refused, or the shard is rewritten."""
     return Row(
         kind="document",
         what=f"commit record: {what}",

@@ -1,4 +1,4 @@
-"""What surrounds a command: its output, variables of launchers, folders that cannot be written."""
+"""Surroundings of a command: output streams, variables of launchers, unwritable folders."""
 
 from collections.abc import Iterator, Sequence
 
@@ -63,7 +63,7 @@ def row(
 
 
 def quiet(what: str, words: Sequence[str]) -> Row:
-    """A reader that leaves early is no mistake: no line at all, and not the code of one."""
+    """A reader that leaves early is not an error: no line, and not the exit code of an error."""
     return Row(
         kind="environment",
         what=f"the reader of {what} leaves",

@@ -1,4 +1,4 @@
-"""Images that Pillow trips over, that are larger than they look, or are something else (C5)."""
+"""Images that make Pillow fail, that are larger than they look, or are something else (C5)."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def chunk(kind: bytes, data: bytes = b"", crc: int | None = None) -> bytes:
-    """A PNG chunk with the right checksum, or another one."""
+    """A PNG chunk with a correct or wrong checksum."""
     found = zlib.crc32(kind + data) if crc is None else crc
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", found)
 
@@ -41,13 +41,13 @@ def saved(kind: str, size: tuple[int, int] = (20, 20), mode: str = "RGB", **opti
 
 
 def exif_loop() -> bytes:
-    """EXIF whose directory leads to itself."""
+    """EXIF whose directory refers to itself."""
     directory = struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8)
     return saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + directory)
 
 
 def jpeg_with(marker: int, data: bytes) -> bytes:
-    """A JPEG with a segment behind its start."""
+    """A JPEG with a segment after its start."""
     plain = saved("JPEG")
     return plain[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + plain[2:]
 
@@ -57,7 +57,7 @@ def cut(data: bytes, share: float) -> bytes:
 
 
 def webp(width: int, height: int) -> bytes:
-    """A lossless WebP that says it is so large."""
+    """A lossless WebP that announces this size."""
     bits = 0x2F | (width - 1) << 8 | (height - 1) << 22
     body = b"VP8L" + struct.pack("<I", 16) + bits.to_bytes(5, "little") + bytes(11)
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
@@ -126,7 +126,7 @@ BROKEN: dict[str, Callable[[], bytes]] = {
     "a line of 6000 x 1 pixels (A9)": lambda: saved("PNG", (6000, 1)),
     "a line of 1 x 60,000 pixels (A9)": lambda: saved("PNG", (1, 60_000)),
 }
-# odd, and read as other programs read it
+# odd, but read as in other programs
 FINE: dict[str, Callable[[], bytes]] = {
     "EXIF that leads in a circle": exif_loop,
     "EXIF that is nothing": lambda: saved("JPEG", exif=b"Exif\0\0"),
@@ -182,7 +182,7 @@ def rows() -> Iterator[Row]:
     """Yield the rows of this kind."""
     either = {**FINE}
     for name, make in BROKEN.items():
-        # harmless where the chunk is not needed for the pixels
+        # harmless if the pixels do not need the chunk
         spare = "chunk" in name or "checksum" in name or name.startswith("a text that")
         answer: Answer = "either" if spare else "refused"
         slow = "C7" in name or "million" in name
@@ -221,7 +221,7 @@ def rows() -> Iterator[Row]:
             answer=answer,
             slow=True,
         )
-    # with --max-bad, a damaged image is left out, whatever Pillow raises on it
+    # with --max-bad, a damaged image is omitted, whatever Pillow raises
     for name in (
         "an iCCP chunk without its end (C5)",
         "a PNG that is cut off",

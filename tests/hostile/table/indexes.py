@@ -1,4 +1,4 @@
-"""The index of a set: what cannot be right, under a manifest that vouches for it."""
+"""Indexes that cannot be correct, with a matching manifest."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +70,7 @@ def changed_bytes(place: Place) -> None:
 
 
 def shown_key(key: bytes) -> Callable[[Place], None]:
-    """Give all samples of the training set a key that a terminal would obey."""
+    """Give all training samples a key with terminal control characters."""
 
     def damage(place: Place) -> None:
         columns = place.columns("shards/train")

@@ -1,4 +1,4 @@
-"""Links, FIFOs, folders and odd names in places that others can write (C2, C3, A17)."""
+"""Links, FIFOs, folders and odd names where other users can write (C2, C3, A17)."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ def row(
 
 
 def link(name: str, target: str = PRECIOUS) -> Callable[[Place], None]:
-    """Put a link to something outside in the place of a file or folder, which may exist."""
+    """Replace a file or folder, if it exists, by a link to the outside."""
 
     def damage(place: Place) -> None:
         path = place / name
@@ -64,7 +64,7 @@ def fifo(name: str) -> Callable[[Place], None]:
 
 
 def remote_cache(damage: Callable[[Place], object]) -> Callable[[Place], object]:
-    """Let another user have been in the shared cache first."""
+    """Simulate a different user who used the shared cache first."""
 
     def prepared(place: Place) -> None:
         (place / "cache").mkdir()
@@ -86,7 +86,7 @@ def cache_link(pattern: str) -> Callable[[Place], None]:
 
 
 def cached_run(what: str, damage: Callable[[Place], None], answer: Answer = "either") -> Row:
-    """A row for a training from a server through a cache that was prepared."""
+    """A row for a training from a server through a prepared cache."""
     words = ["{url}/shards" if word == "shards" else word for word in FRESH]
     return row(
         what,
@@ -107,7 +107,7 @@ def resumed(place: Place) -> None:
 
 
 def resumed_with(damage: Callable[[Place], None]) -> Callable[[Place], None]:
-    """Let a run be damaged before it is resumed."""
+    """Damage a run before it resumes."""
 
     def both(place: Place) -> None:
         resumed(place)
@@ -117,7 +117,7 @@ def resumed_with(damage: Callable[[Place], None]) -> Callable[[Place], None]:
 
 
 def all_of_them(place: Place) -> None:
-    """Let everything that is read be a link into a folder of the user's own: that is allowed."""
+    """Make every input a link into the user's own folder, which is permitted."""
     (place / "shards").rename(place.work / "kept")
     (place / "shards").symlink_to(place.work / "kept")
 
@@ -155,7 +155,7 @@ def rows() -> Iterator[Row]:
         answer: Answer = "reported" if words[0].endswith("verify_shards.py") else "refused"
         slow = words[0] not in ("tools/shard_folder.py", "tools/verify_shards.py", "rft.evaluate")
         says = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].replace(".", r"\.")
-        # there, but no process is bound to ask for it
+        # present, but no process needs to read it
         spare = what in ("the vocabulary", "a mask", "a photo")
         writes = ["new/*", "new", "packed", "packed/*"]
         common = {"writes": writes, "slow": slow}
@@ -244,7 +244,7 @@ def rows() -> Iterator[Row]:
         ("a training", tuple("ne\0w" if word == "new" else word for word in FRESH)),
         ("a step", ("rft.data.show", "ru\0n", "--step", "0")),
     ):
-        # a shell cannot pass one on; a program that calls the command in its own process can
+        # a shell cannot pass it; a program that calls the command in its own process can
         yield row(
             f"NUL in a path of {what}",
             words,
@@ -275,7 +275,7 @@ def rows() -> Iterator[Row]:
                 writes=["a*"],
             )
 
-    if os.geteuid():  # root reads everything
+    if os.geteuid():  # root can read everything
         for what, name, words in SOURCES:
             yield row(
                 f"{what} must not be read",

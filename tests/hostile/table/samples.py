@@ -1,4 +1,4 @@
-"""The samples of a set: hashes and domains that cannot be right, under a manifest that vouches."""
+"""The samples of a set: hashes and domains that cannot be correct, with a matching manifest."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ def columns(**arrays: np.ndarray) -> bytes:
 
 
 def published(data: bytes, name: str = TEST) -> Callable[[Place], None]:
-    """Replace a set's file; the test set is then one that training is compared with."""
+    """Replace a set's file; the test set is then one with which training is compared."""
 
     def damage(place: Place) -> None:
         place.publish_samples(data, name)
@@ -92,7 +92,7 @@ def rows() -> Iterator[Row]:
     # of the training set, which is then compared with the test set
     for what, data in bad.items():
         yield row(f"{what}, trained on", published(data, TRAIN), words=DRY, answer="refused")
-    # a damaged test set is no reason not to train, but for a warning
+    # a damaged test set only causes a warning in training
     yield row(
         "they are noise, beside the training set",
         published(bad["they are noise"]),

@@ -1,4 +1,4 @@
-"""Tar archives with headers that lie (C6, A15)."""
+"""Tar archives with wrong headers (C6, A15)."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,7 +17,7 @@ def header(
     checksum: int | None = None,
     mode: bytes = b"0000644\0",
 ) -> bytes:
-    """The header of a member, with the right checksum or another one."""
+    """The header of a member, with a correct or wrong checksum."""
     block = bytearray(512)
     block[0:100] = name.encode("utf-8", "surrogateescape")[:100].ljust(100, b"\0")
     block[100:108] = mode
@@ -33,7 +33,7 @@ def header(
 
 
 def number(value: int) -> bytes:
-    """A size in base 256, which may be negative or have no end."""
+    """A size in base 256, which may be negative or endless."""
     if value >= 0:
         return b"\x80" + value.to_bytes(11, "big")
     return b"\xff" + (256**11 + value).to_bytes(11, "big")

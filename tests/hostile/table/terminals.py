@@ -1,4 +1,4 @@
-"""Texts of others on a terminal, in a page and in a spreadsheet."""
+"""Third-party texts on a terminal, in a page and in a spreadsheet."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ NAMES = {
     "nothing to see": "\u200b\u2060",
     "rich's markup": "[/red]:wave:[bold]x[link=http://x]y",
 }
-# the others are shown, or hidden, in the same places
+# the others are shown, or hidden, at the same positions
 FIRST = ("escape sequences", "a line break", "text turned around", "rich's markup")
 NEW = tuple("packed" if word == "shards" else word for word in PACK)
 
@@ -62,7 +62,7 @@ def row(
 
 
 def class_called(name: str) -> Callable[[Place], None]:
-    """Let the sets have a class of that name; the run's weights keep the old one."""
+    """Give the sets a class of that name; the run's weights keep the old one."""
 
     def damage(place: Place) -> None:
         for dataset in ("train", "test"):
@@ -81,7 +81,7 @@ def tables_are_safe(place: Place, _: Ran) -> None:
 
 
 def page_is_safe(place: Place, _: Ran) -> None:
-    """Nothing of a run is markup in the page."""
+    """No text of a run is markup in the page."""
     path = place / "report/index.html"
     if path.exists():
         page = Elements()
@@ -94,7 +94,7 @@ def page_is_safe(place: Place, _: Ran) -> None:
 
 
 class Elements(HTMLParser):
-    """What a page's markup is: a text that only looks like markup is no part of it."""
+    """The actual markup of a page, without texts that only look like markup."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Elements(HTMLParser):
 
 
 def recipe(name: str) -> Callable[[Place], object]:
-    """Let the run be of a recipe of that name, its weights too."""
+    """Give the run, including its weights, a recipe of that name."""
 
     def damage(place: Place) -> None:
         place.edit("run/config.json", recipe=name)
@@ -127,7 +127,7 @@ def recipe(name: str) -> Callable[[Place], object]:
 
 
 def named(what: str, name: str) -> Iterator[Row]:
-    """Yield a row for each place in which a name of others is shown."""
+    """Yield a row for each position at which a third-party name is shown."""
     yield row(
         f"{what} in the name of a set",
         (*EVALUATE[:5], name, *EVALUATE[6:]),

@@ -1,4 +1,4 @@
-"""URLs in files and on command lines (C1, C10), and servers that mean no good."""
+"""URLs in files and on command lines (C1, C10), and hostile servers."""
 
 import base64
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from tests.hostile.rows import Answer, Row
 from tests.hostile.sandbox import CANARY
 from tests.hostile.world import DRY, EVALUATE, INDEX, PACK, SHOW, VERIFY, Place, Ran
 
-# reads a template of the reader's environment, and runs code where templates are not confined
+# would read the reader's environment, and execute code in unconfined templates
 TEMPLATE = "{{ ''.__class__ }}{{ lipsum.__globals__['os'].system('touch ran') }}"
 REFERENCES = {
     "version": 1,
@@ -124,7 +124,7 @@ PLACES = (
 
 
 def placed(name: str) -> Row:
-    """A row for a shard's name that leaves its folder, or is no name."""
+    """A row for a shard's name that leaves its folder, or is not a name."""
 
     def no_secret(_: Place, ran: Ran) -> None:
         assert "secret" not in ran.stdout + ran.stderr
@@ -134,14 +134,14 @@ def placed(name: str) -> Row:
         what=f"a shard lies at {name.encode('unicode_escape').decode()}",
         words=EVALUATE,
         damage=lambda place: place.edit_shard(name=fill(place, name)),
-        # a whole URL, and the path of indexed shards, may be asked for: then it is named
+        # a complete URL, and the path of indexed shards, are permitted and then named
         says=[r"manifest\.json|shard|\.tar|://|/etc/passwd|precious"],
         holds=no_secret,
     )
 
 
 def served(how: str, name: str, what: str, says: str = "", answer: Answer = "refused") -> Row:
-    """A row for what a server does to one file of a set that is read from it."""
+    """A row for a server's treatment of one file of a set."""
     return Row(
         kind="url",
         what=f"{what} in place of {name}",
@@ -199,7 +199,7 @@ def stores() -> Iterator[Row]:
 def elsewhere(place: Place) -> None:
     """Let the shards of a served manifest lie at a second address."""
     shard = place.read("shards/test/manifest.json")["shards"][0]["name"]
-    # the same server by its other name
+    # the same server under a different name
     place.edit_shard(name=f"{place.url.replace('127.0.0.1', 'localhost')}/shards/test/{shard}")
     (place / "run/results.json").unlink()
 
@@ -213,7 +213,7 @@ def memory_shard(place: Place) -> None:
 
 
 def vouched(place: Place) -> None:
-    """A manifest that vouches for a file outside of the set as its shard."""
+    """A manifest that names a file outside of the set as its shard."""
     data = (place.outside / "precious.txt").read_bytes()
     name = str(place.outside / "precious.txt")
     place.edit_shard(name=name, bytes=len(data), sha256=files.sha256_bytes(data))

@@ -1,4 +1,4 @@
-"""Weights: headers that lie, tensors that do not fit, pickles that run code (C7, C8, C9)."""
+"""Weights: wrong headers, tensors that do not fit, pickles that run code (C7, C8, C9)."""
 
 import dataclasses
 import hashlib
@@ -27,14 +27,14 @@ def header_of(data: bytes) -> dict[str, Any]:
 
 
 def with_header(data: bytes, document: object) -> bytes:
-    """Weights with another header before the same tensors."""
+    """Weights with a different header before the same tensors."""
     body = data[8 + int.from_bytes(data[:8], "little") :]
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
 def entries(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
-    """Change what a weights file, which lies alone, says of itself."""
+    """Change the metadata of a weights file without a run folder."""
 
     def damage(place: Place) -> None:
         data = (place / LAST).read_bytes()
@@ -70,7 +70,7 @@ def entry(**values: object) -> Callable[[dict[str, Any]], None]:
 
 
 def tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Place], None]:
-    """Change the tensors of a weights file that lies alone."""
+    """Change the tensors of a weights file without a run folder."""
 
     def damage(place: Place) -> None:
         data = (place / LAST).read_bytes()
@@ -83,7 +83,7 @@ def tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Plac
 
 
 def raw(make: Callable[[bytes], bytes]) -> Callable[[Place], None]:
-    """Change the bytes of a weights file that lies alone."""
+    """Change the bytes of a weights file without a run folder."""
     return lambda place: (place / "alone.safetensors").write_bytes(
         make((place / LAST).read_bytes())
     )
@@ -155,7 +155,7 @@ def stream(data: bytes) -> Callable[[Place], object]:
 
 
 def state_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
-    """Change the state dict of other code."""
+    """Change the state dict of third-party code."""
 
     def damage(place: Place) -> None:
         state = torch.load(place / "model.pt", weights_only=True)
@@ -166,7 +166,7 @@ def state_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], 
 
 
 def directory(place: Place) -> None:
-    """A zip of 276 MB that is a directory only; zipfile makes three gigabytes of it."""
+    """A zip of 276 MB with only a directory, for which zipfile needs three gigabytes."""
     entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *14 * (0,), 0, 0)
     size = 6_000_000 * len(entry)
     last = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 6_000_000, 6_000_000, size, 0)
@@ -192,7 +192,7 @@ def rezipped(
 
 
 def memo_bomb() -> bytes:
-    """A list that names the one before it ten times, thirty times over."""
+    """A list that names the previous one ten times, thirty times over."""
     data = b"\x80\x02]q\x00"
     for level in range(30):
         data += b"](" + b"h%c" % level * 10 + b"eq%c" % (level + 1)
@@ -625,7 +625,7 @@ def recorded(mapping: Mapping[str, object]) -> Callable[[Place], None]:
 
 
 def resumed(change: Callable[[bytes], bytes]) -> Callable[[Place], None]:
-    """Change the checkpoint of a run that has not ended, with a record that vouches for it."""
+    """Change the checkpoint of an unfinished run, with a matching record."""
 
     def damage(place: Place) -> None:
         for name in ("training.json", "results.json"):
@@ -640,7 +640,7 @@ def resumed(change: Callable[[bytes], bytes]) -> Callable[[Place], None]:
 
 
 def saved(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
-    """The same, changed as what torch reads and writes."""
+    """The same, changed through torch's own reader and writer."""
 
     def rewrite(data: bytes) -> bytes:
         content = torch.load(io.BytesIO(data), weights_only=True)
@@ -662,7 +662,7 @@ def bomb(data: bytes) -> bytes:
             if not name.endswith("data/0"):
                 archive.writestr(name, part, zipfile.ZIP_STORED)
                 continue
-            # not writestr: it would need them in memory
+            # not writestr, which would need them in memory
             with archive.open(name, "w") as stream:
                 for _ in range(2000):
                     stream.write(bytes(2**20))
