@@ -85,7 +85,7 @@ def test_settings_in_a_file_are_named_by_the_library_that_reads_them(tmp_path):
 def test_headers_that_are_none_are_not_shown():
     result = run("tools/verify_shards.py", "http://127.0.0.1:9/x", FSSPEC_HTTP='{"headers": "key"}')
     said = (
-        "manifest.json cannot be used: headers in fsspec's settings (FSSPEC_HTTP) are not an object"
+        "manifest.json cannot be used: headers in fsspec's settings (FSSPEC_HTTP) must be an object"
     )
     assert (result.returncode, result.stderr) == (1, "")
     assert result.stdout.splitlines()[0] == said

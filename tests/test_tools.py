@@ -102,7 +102,7 @@ def test_task_array(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     arguments += ["--shard-mb", "0.0001"]
     code, out, err = run("shard_imagenet", *arguments, "--task", "1/2")
     assert (code, err) == (0, "")
-    assert "1 of 2 shards are still to come" in out
+    assert "1 of 2 shards are left to other tasks" in out
     assert "next:" not in out
     code, out, err = run("shard_imagenet", *arguments, "--task", "0/2")
     assert (code, err) == (0, "")
@@ -119,7 +119,7 @@ def test_a_set_of_any_name(world: Path, tmp_path: Path, run: Callable[..., Resul
     manifest = Manifest.load(str(tmp_path / "mine"))
     assert (manifest.score, manifest.ood, manifest.domains) == ("mean-per-class", True, ())
     code, _, err = run("shard_set", *arguments, "--ood")
-    assert (code, "holds another plan (score: 'mean-per-class' -> " in err) == (2, True)
+    assert (code, "holds a different plan (score: 'mean-per-class' -> " in err) == (2, True)
 
 
 def test_a_set_of_domains(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
@@ -128,8 +128,8 @@ def test_a_set_of_domains(world: Path, tmp_path: Path, run: Callable[..., Result
     arguments = ["--name", "imagenet-c", "--source", str(tmp_path / "c"), "--domains", "2"]
     code, out, err = run("shard_set", *arguments, "--out", str(tmp_path / "out"))
     assert (code, err) == (0, "")
-    assert "domains: 3, each of 2 to 2 images" in out
-    assert "severities that are not here: snow/1, snow/3, snow/4, snow/5, fog/3, fog/4" in out
+    assert "domains: 3, with 2 to 2 images each" in out
+    assert "missing severities: snow/1, snow/3, snow/4, snow/5, fog/3, fog/4" in out
     manifest = Manifest.load(str(tmp_path / "out/imagenet-c"))
     assert manifest.domains == ("fog/1", "fog/2", "snow/2")
     assert (manifest.score, manifest.ood, manifest.samples) == ("mean-over-domains", False, 6)
@@ -204,7 +204,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing class": (lambda world: shutil.rmtree(world / "imagenet" / "val" / "n02"), "n02"),
     "empty class": (empty_a_class, "n02 is empty"),
     "unknown class": (add_a_class, "unknown class: 'n03'"),
-    "unreadable image": (damage_an_image, "ILSVRC2012_val_00000002.JPEG is no readable"),
+    "unreadable image": (damage_an_image, "ILSVRC2012_val_00000002.JPEG is not a readable"),
     "no label space": (lambda world: (world / "classes.json").unlink(), "no such file"),
 }
 
@@ -231,7 +231,7 @@ def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -
     assert run("shard_ood", *arguments)[0] == 0
     code, _, err = run("shard_ood", *arguments, "--seed", "7")
     assert code == 2
-    assert err.startswith(f"error: {tmp_path}/imagenet-r holds another plan (seed: 0 -> 7)")
+    assert err.startswith(f"error: {tmp_path}/imagenet-r holds a different plan (seed: 0 -> 7)")
     assert err.count("\n") == 1
 
 
@@ -268,7 +268,7 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     arguments = ["--benchmark", "imagenet-r", "--source", str(world), "--out", str(tmp_path)]
     code, _, err = run("shard_ood", *arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"error: {bad} is no readable JPEG, PNG or WebP image; --max-bad N")
+    assert err.startswith(f"error: {bad} is not a readable JPEG, PNG or WebP image; --max-bad N")
     code, out, err = run("shard_ood", *arguments, "--max-bad", "1")
     assert (code, err) == (0, "")
     listed = tmp_path / "imagenet-r" / "quarantine.jsonl"
@@ -276,7 +276,7 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     (line,) = listed.read_text().splitlines()
     assert json.loads(line) == {
         "path": "n02/art_1.jpg",
-        "reason": "is no readable JPEG, PNG or WebP image",
+        "reason": "is not a readable JPEG, PNG or WebP image",
         "shard": "000000.tar",
     }
     code, out, _ = run("shard_ood", *arguments, "--max-bad", "1")
@@ -302,18 +302,18 @@ SET = ("--name", "mine", "--source", "x", "--out", "y")
             ["--source", "x", "--out", "y", "--splits", "val", "--allow-count", "imagenet-r=7"],
             "unknown set in --allow-count 'imagenet-r'",
         ),
-        ("shard_set", [*SET, "--name", "imagenet-r"], "imagenet-r is a benchmark, whose images"),
+        ("shard_set", [*SET, "--name", "imagenet-r"], "imagenet-r is a benchmark with a known"),
         ("shard_set", [*SET, "--name", "../x"], "--name is '../x'"),
-        ("shard_set", [*SET, "--domain", "{place}"], "--file, --label, --domain and --split are"),
+        ("shard_set", [*SET, "--domain", "{place}"], "--file, --label, --domain and --split need"),
         (
             "shard_set",
             [*SET, "--metadata", "x.csv", "--domains", "1"],
-            "--domains counts folders, and --metadata names files",
+            "--domains counts folders, but --metadata lists files",
         ),
         (
             "index_shards",
             ["x.tar", "--out", "imagenet-r", "--ood"],
-            "imagenet-r is a benchmark: its score",
+            "imagenet-r is a benchmark: its name determines its score",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Holds one command under its public name; shards, packing and loading are the packages."""
+"""Holds one command under its public name; the code is in the packages shards, packing, loading."""

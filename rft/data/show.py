@@ -1,4 +1,4 @@
-"""`python -m rft.data.show`: see rft/loading/show.py."""
+"""Entry point of `python -m rft.data.show`: see rft/loading/show.py."""
 
 from rft import cli
 from rft.loading.show import main

@@ -1,1 +1,1 @@
-"""From folders and archives of images to packed sets, and the check of what is there; no torch."""
+"""Packs folders and archives of images into sets of shards, and verifies such sets; no torch."""

@@ -1,8 +1,8 @@
-"""A set whose images lie in domains, one folder above another: DOMAIN/CLASS/IMAGE, to any depth.
+"""Sets with domains, given by nested folders: DOMAIN/CLASS/IMAGE, to any depth.
 
-ImageNet-C has two levels, CORRUPTION/SEVERITY/CLASS/IMAGE, and any part of it may be here. A domain
-is named by its folders ("fog/3"). As with every benchmark, class folders hold nothing but images
-and none is empty: a hole would still give a number.
+ImageNet-C has two levels, CORRUPTION/SEVERITY/CLASS/IMAGE, and any part of it may be present. A
+domain is named by its folders ("fog/3"). As for every benchmark, class folders hold only images and
+none may be empty: an incomplete set would still give a number.
 """
 
 from collections import Counter, defaultdict
@@ -22,12 +22,12 @@ from rft.sets import BENCHMARKS, CORRUPTIONS, ID_SET, SEVERITIES
 from rft.shards.label_space import LabelSpace
 from rft.text import printable, shown
 
-SHOWN = 12  # names in a line
-DOMAIN_LETTERS = 1000  # what a manifest takes
+SHOWN = 12  # names on a line
+DOMAIN_LETTERS = 1000  # the manifest's limit of a name
 
 
 class Listed(NamedTuple):
-    """A source to pack as one set, its label space, and what to print of it."""
+    """A source to pack as one set, its label space, and notes to print."""
 
     source: Source
     labels: LabelSpace
@@ -41,15 +41,15 @@ def read_domains(
     labels: LabelSpace | None,
     allowed_count: int | None = None,
 ) -> Listed:
-    """List the images below `source`, whose class folders lie under `depth` folders of domains.
+    """List the images below `source`, whose class folders lie under `depth` levels of domains.
 
-    Without a label space it is ImageNet's if all class folders are ImageNet's, else their names.
-    ImageNet-C's domains have as many images as ImageNet's validation set, or together as many as
-    `allowed_count`.
+    The default label space is ImageNet's if all class folders belong to it, otherwise their names.
+    Each of ImageNet-C's domains must have as many images as ImageNet's validation set, unless
+    `allowed_count` gives their total.
 
     Raises:
-        ValueError: if a folder is empty or a class unknown, a file is no image, or a domain of
-            ImageNet-C is not complete.
+        ValueError: if a folder is empty or a class unknown, a file is not an image, or a domain of
+            ImageNet-C is incomplete.
     """
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
@@ -60,9 +60,11 @@ def read_domains(
         for domain, root in domains.items()
         for folder in class_folders(root)
     }
+    # all folders of all domains at once: listing is latency-bound on network file systems
     listed = in_threads(lambda place: list_images(places[place], links), list(places))
     classes: dict[str, list[Found]] = defaultdict(list)
     for (domain, folder), images in listed.items():
+        # folders of one name in several domains are the same class
         above = f"{domain}/" if domain else ""
         classes[composed(folder)] += [
             image._replace(path=above + image.path, domain=domain) for image in images
@@ -84,65 +86,66 @@ def read_domains(
 
 
 def choose_labels(folders: Collection[str]) -> LabelSpace:
-    """Return ImageNet's label space if all class folders are its, else that of their names."""
+    """Choose ImageNet's label space if all class folders belong to it, otherwise their names."""
     imagenet = LabelSpace.imagenet()
     return imagenet if set(folders) <= set(imagenet.ids) else name_classes(folders)
 
 
 def require_known(source: Path, classes: Iterable[str], labels: LabelSpace) -> None:
-    """Check that classes are those of a label space.
+    """Check that classes belong to a label space.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: naming the first that does not.
     """
     if unknown := sorted(set(classes) - set(labels.ids)):
         raise ValueError(
-            f"unknown class: {shown(unknown[0])} in {source} is none of the {len(labels)} classes; "
-            f"remove it or add it to --classes"
+            f"unknown class: {shown(unknown[0])} in {source} is not one of the {len(labels)} "
+            f"classes; remove it or add it to --classes"
         )
 
 
 def only_present(source: Source) -> Source:
-    """Let only the classes compete that have images, as ImageNet-R and -A are scored."""
+    """Let only classes with images compete, as ImageNet-R and -A are scored."""
     present = sorted({item.label for item in source.items})
     return replace(source, groups=tuple((label,) for label in present))
 
 
 def missing_corruptions(domains: Sequence[str]) -> list[str]:
-    """Name the corruptions and severities of ImageNet-C that are not here; nothing of other sets.
+    """List the missing corruptions and severities of ImageNet-C; nothing for other sets.
 
-    A corruption without any of its severities is named once.
+    A corruption that lacks all severities is listed once.
     """
     if not is_corrupted(domains):
         return []
     here = {domain.split("/")[0] for domain in domains}
     lines = []
     if whole := [name for name in CORRUPTIONS if name not in here]:
-        lines.append(f"corruptions of ImageNet-C that are not here: {', '.join(whole)}")
+        lines.append(f"missing corruptions of ImageNet-C: {', '.join(whole)}")
     known = map("/".join, product(CORRUPTIONS, SEVERITIES))
     if parts := [one for one in known if one.split("/")[0] in here and one not in domains]:
         more = f" and {len(parts) - SHOWN} more" if parts[SHOWN:] else ""
-        lines.append(f"severities that are not here: {', '.join(parts[:SHOWN])}{more}")
+        lines.append(f"missing severities: {', '.join(parts[:SHOWN])}{more}")
     return lines
 
 
 def is_corrupted(domains: Sequence[str]) -> bool:
-    """Whether domains are ImageNet-C's: corruptions and severities of its names."""
+    """Whether all domains have names of ImageNet-C's corruptions and severities."""
     known = set(map("/".join, product(CORRUPTIONS, SEVERITIES)))
     return bool(domains) and set(domains) <= known
 
 
 def check_corrupted(source: Source, labels: LabelSpace, allowed_count: int | None) -> None:
-    """Hold each domain of ImageNet-C against the images that it was made of.
+    """Check the number of images in each domain of ImageNet-C, or the allowed total.
 
     Raises:
-        ValueError: naming the first that has another number, or the number that was allowed.
+        ValueError: naming the first domain with a different number, or the allowed number.
     """
+    # the user's total replaces the check of each domain
     if allowed_count is not None:
         if len(source.items) != allowed_count:
             raise ValueError(
                 f"{source.dataset} has {len(source.items):,} images here, --allow-count says "
-                f"{allowed_count:,}; it must be exactly the number that is there"
+                f"{allowed_count:,}; it must be the exact number of images"
             )
         return
     if not (is_imagenet(labels) and is_corrupted(source.domains)):
@@ -158,7 +161,7 @@ def check_corrupted(source: Source, labels: LabelSpace, allowed_count: int | Non
 
 
 def _domain_folders(source: Path, depth: int) -> dict[str, Path]:
-    """Return the folders at a depth by the name of their domain."""
+    """Find the folders at a depth, by the name of their domain."""
     found = {"": source}
     for _ in range(depth):
         found = {
@@ -172,13 +175,13 @@ def _domain_folders(source: Path, depth: int) -> dict[str, Path]:
 
 
 def require_domain(domain: str, place: str) -> None:
-    """Check that a manifest can hold the name of a domain; `place` is where it was found.
+    """Check that a manifest can hold the name of a domain; `place` is its location, for messages.
 
     Raises:
-        ValueError: if it is too long, or would not be shown as it is.
+        ValueError: if it is too long or not printable.
     """
     if len(domain) > DOMAIN_LETTERS or printable(domain) != domain:
         raise ValueError(
-            f"{printable(place, DOMAIN_LETTERS)}: a domain has a printable name of at most "
+            f"{printable(place, DOMAIN_LETTERS)}: a domain needs a printable name of at most "
             f"{DOMAIN_LETTERS:,} letters; rename it"
         )

@@ -1,7 +1,7 @@
-"""How one image file becomes one payload: its own bytes, or what CLIP sees of it.
+"""Encodes one image file as one payload: its own bytes, or the square that CLIP sees.
 
-Whatever is packed was decoded once, so that a reader's error means damage and not a bad source.
-`identify` reads the header alone, for third-party shards, whose payloads are there already.
+Every packed image was decoded once, so a reader's error means later damage, not a bad source.
+`identify` reads only the header, for third-party shards, whose payloads exist already.
 """
 
 import contextlib
@@ -31,19 +31,19 @@ from rft.shards.images import (
 )
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member
-# JPEG markers with which a file has no skeleton
+# JPEG markers that exclude a file from the skeleton check (`jpeg_skeleton`)
 RESTARTS = range(0xD0, 0xD8)
 DEFINE_RESTART_INTERVAL = 0xDD
 NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE_RESTART_INTERVAL})
-# places that may end a scan, each of which takes eight bytes while they are looked at
+# most positions that may end a scan; each takes eight bytes while they are examined
 FILLS = 2**24
-# by the byte behind a 0xFF: a stuffed one, a restart and a fill byte do not end a scan
+# by the byte after 0xFF: a stuffed byte, a restart and a fill byte do not end a scan
 ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
 SWAPS_SIDES = range(5, 9)  # EXIF orientations that exchange width and height
 
 
 class Encoded(NamedTuple):
-    """One encoded image: the member's bytes and suffix, and what the source image was."""
+    """One encoded image: the member's bytes and suffix, and the source image's properties."""
 
     payload: bytes
     suffix: str
@@ -81,13 +81,13 @@ def encode(
 def identify(
     data: bytes, name: str, border: int, max_pixels: float = MAX_PIXELS
 ) -> tuple[Header, Treated]:
-    """Read format, mode and size of an image file that will be shown as it is stored.
+    """Read format, mode and size of an image file that readers show as stored.
 
-    Beside it stands what would be done to it as a photo: whether it is composed is guessed from the
-    header, so nothing is decoded.
+    Also returns the treatment it would get as a photo. Transparency is guessed from the header, so
+    nothing is decoded.
 
     Raises:
-        ValueError: if it is no JPEG, PNG or WebP or its size is out of bounds, starting with
+        ValueError: if it is not a JPEG, PNG or WebP or its size is out of bounds, starting with
             `name`.
     """
     image, header = open_checked(data, name, border, max_pixels)
@@ -97,10 +97,10 @@ def identify(
 
 
 def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
-    """Return about how large a payload will be, known before anything is decoded.
+    """Estimate the size of a payload in bytes before anything is decoded.
 
-    Exact for `original` and `pixels`. A JPEG of a photograph made small takes up to a byte a pixel
-    at quality 95.
+    Exact for `original` and `pixels`. A downsized photograph takes up to one byte per pixel as a
+    JPEG of quality 95.
     """
     kind: Kind = encoding["kind"]
     match kind:
@@ -115,16 +115,16 @@ def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Return an RGB image as a JPEG without metadata; equal pixels give equal bytes."""
+    """Encode an RGB image as a JPEG without metadata; equal pixels give equal bytes."""
     stream = io.BytesIO()
-    # through an array, because Pillow would save the comment of the file the image came from
+    # through an array, because Pillow would also save the comment of the original file
     bare = Image.fromarray(np.asarray(image))
     bare.save(stream, "JPEG", quality=quality, subsampling=SUBSAMPLING)
     return stream.getvalue()
 
 
 def _upright(header: Header, treated: Treated) -> Header:
-    """Exchange width and height if the image was turned by a quarter."""
+    """Swap width and height if the image was turned by 90 degrees."""
     if treated.orientation in SWAPS_SIDES:
         return header._replace(width=header.height, height=header.width)
     return header
@@ -133,17 +133,17 @@ def _upright(header: Header, treated: Treated) -> Header:
 def _header_of_whole(
     data: bytes, name: str, treatment: Treatment, max_pixels: float
 ) -> tuple[Header, Treated]:
-    """Read the header of an image file of which all can be decoded, and what is done to a photo.
+    """Check that an image file can be decoded; return its header and its treatment as a photo.
 
-    Decoding a JPEG only to learn that it can be costs ten times as much as copying it. Nearly all
-    of that is spent on its entropy-coded data, in which libjpeg takes any damage with a warning.
-    What it refuses lies elsewhere: in a marker segment, which `jpeg_skeleton` keeps, or in data
-    that ends before the image does, and a file with an end marker behind its scans cannot. So a
-    skeleton that decodes proves the file; whatever has none, or one that fails, is decoded whole.
+    Decoding a JPEG only as a check costs ten times as much as copying it. Nearly all of that time
+    goes into the entropy-coded data, where libjpeg accepts any damage with a warning. It refuses
+    only damaged marker segments, which `jpeg_skeleton` keeps, and data that ends before the image
+    does, which cannot happen if an end marker follows the scans. So a skeleton that decodes is
+    sufficient proof. A file without a skeleton, or with one that fails, is decoded completely.
     """
     skeleton = jpeg_skeleton(data)
     if skeleton is not None:
-        # when it fails the whole file decides, and its error is the one to show
+        # if it fails, the complete file decides, and its error is the one to show
         with contextlib.suppress(ValueError):
             return _decode_coarsely(skeleton, name, treatment, max_pixels)
     return _decode_coarsely(data, name, treatment, max_pixels)
@@ -152,10 +152,10 @@ def _header_of_whole(
 def _decode_coarsely(
     data: bytes, name: str, treatment: Treatment, max_pixels: float
 ) -> tuple[Header, Treated]:
-    """Decode an image, a JPEG at an eighth of its size (it still reads all of it)."""
+    """Decode an image, a JPEG at an eighth of its size (which still reads all of its data)."""
     image, header = open_checked(data, name, treatment.border, max_pixels)
     with pillow_errors(name):
-        # grey and small is the cheapest that libjpeg has; PNG and WebP ignore it
+        # small grey output is libjpeg's cheapest mode; PNG and WebP ignore it
         image.draft("L", (1, 1))
         image.load()
         treated = as_photo(image, data)[1] if treatment.photo else Treated()
@@ -163,16 +163,16 @@ def _decode_coarsely(
 
 
 def jpeg_skeleton(data: bytes) -> bytes | None:
-    """Return a JPEG without its entropy-coded data: markers and segments up to the end marker.
+    """Strip a JPEG of its entropy-coded data: markers and segments up to the end marker remain.
 
-    None if `data` is no JPEG that goes on from segment to segment to its end marker, or one with
-    restart markers: looking for the next of these, libjpeg can run past the end marker.
+    None if `data` is not a JPEG with contiguous segments up to its end marker, or has restart
+    markers: while searching for the next of these, libjpeg can run past the end marker.
     """
     if not data.startswith(bytes((FILL, START_OF_IMAGE))):
         return None
-    # found at once by numpy: a loop over the file costs as much as decoding it
+    # searched with numpy: a Python loop over the file would cost as much as decoding it
     array = np.frombuffer(data, dtype=np.uint8)
-    # without the last byte, which has none behind it
+    # without the last byte, which no byte follows
     may_end = array[:-1] == FILL
     if np.count_nonzero(may_end) > FILLS:
         return None
@@ -191,7 +191,7 @@ def jpeg_skeleton(data: bytes) -> bytes | None:
             return None
         segments.append(data[position:end])
         position = end
-        # behind its header lies the scan's data, up to a marker that ends it
+        # the scan's data follows its header, up to a marker that ends it
         if marker == START_OF_SCAN:
             following = int(np.searchsorted(scan_ends, position))
             if following == len(scan_ends):

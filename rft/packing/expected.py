@@ -1,8 +1,8 @@
-"""Whether a copy of a benchmark is what its authors published: number of images, classes.
+"""Checks that a copy of a benchmark is complete: number of images, classes.
 
-A copy that lost images on the way still gives a number (published ObjectNet results came from a
-truncated copy), so a set in ImageNet's own label space is held against these when it is listed. In
-another label space the set is the user's own and nothing is known about it.
+An incomplete copy still gives a number (published ObjectNet results came from a truncated copy), so
+a set in ImageNet's label space is checked when it is listed. In any other label space the set is
+the user's own, and nothing is known about it.
 """
 
 import re
@@ -17,12 +17,12 @@ IMAGENET_CLASSES = 1000
 
 def is_imagenet(labels: LabelSpace) -> bool:
     """Whether the class ids are ImageNet-1k's, in its order."""
-    # the length first: it spares other label spaces the reading of ImageNet's lists
+    # the length first: it saves loading ImageNet's lists for other label spaces
     return len(labels) == IMAGENET_CLASSES and labels.ids == LabelSpace.imagenet().ids
 
 
 def published_classes(dataset: str, labels: LabelSpace) -> tuple[str, ...] | None:
-    """Return the WordNet ids of a set of fewer than all classes; None if nothing is known."""
+    """Return the WordNet ids of a benchmark with a subset of the classes; None for other sets."""
     known = BENCHMARKS.get(dataset)
     if known is None or known.class_list is None or not is_imagenet(labels):
         return None
@@ -31,32 +31,33 @@ def published_classes(dataset: str, labels: LabelSpace) -> tuple[str, ...] | Non
 
 
 def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | None = None) -> None:
-    """Hold the number of images that were found against the published one, or the allowed one.
+    """Compare the number of images found with the published one, or the allowed one.
 
-    `allowed` is what the user says about this copy; then it must be exactly the found number.
+    `allowed` is the user's number for this copy, which must be exact.
 
     Raises:
-        ValueError: naming the found and the expected number.
+        ValueError: with the found and the expected number.
     """
     if allowed is not None and found != allowed:
         raise ValueError(
-            f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be "
-            f"exactly the number that is there"
+            f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be the "
+            f"exact number of images"
         )
+    # only for ImageNet's label space: a subset of classes has fewer images
     if allowed is not None or dataset not in BENCHMARKS or not is_imagenet(labels):
         return
     if found != (count := BENCHMARKS[dataset].images):
         raise ValueError(
-            f"{dataset} has {found:,} images here, {count:,} were published; get the "
+            f"{dataset} has {found:,} images here, {count:,} were published; download the "
             f"set again, or accept this copy with --allow-count {dataset}={found}"
         )
 
 
 def parse_allowed_counts(texts: Sequence[str], datasets: Sequence[str]) -> dict[str, int]:
-    """Return the counts of `--allow-count SET=N ...` by data set.
+    """Parse `--allow-count SET=N ...` into counts by data set.
 
     Raises:
-        ValueError: if one is not of that form, or is for none of the `datasets`.
+        ValueError: if a value is malformed, or its set is not one of `datasets`.
     """
     counts = {}
     for text in texts:

@@ -1,11 +1,11 @@
-"""Where each benchmark keeps its images: the official layouts, read into one list of items.
+"""The official layouts of the benchmarks, read into one list of items.
 
-The layout on disk is detected. ImageNet may be class folders or the archives as they
-are downloaded: the same images in another form give the same items, and so the same shards. A
-source is complete or refused: an absent, empty or unknown class and a file that is no image are
-errors, because a benchmark with a hole in it still gives a number. Only files beside the class
-folders (README.txt) are passed over, and folders there that a system made (`rft.packing.names`),
-which no archive holds; the latter are counted in `layout`. Nothing is decoded here.
+The layout on disk is detected. ImageNet may be class folders or the archives as downloaded; both
+give the same items, and so the same shards. A source is complete or refused: an absent, empty or
+unknown class and a file that is not an image are errors, because an incomplete benchmark still
+gives a number. Only files beside the class folders (README.txt) are skipped, and folders there that
+the operating system creates (`rft.packing.names`) and no archive contains; the latter are counted
+in `layout`. Nothing is decoded here.
 """
 
 import os
@@ -36,14 +36,14 @@ from rft.shards.label_space import LabelSpace
 from rft.text import printable
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
-# benchmarks as they are downloaded, which may lie beside the tars of classes
+# downloaded archives, which may lie beside the tars of classes
 DOWNLOAD = re.compile("ILSVRC|imagenet|objectnet", re.IGNORECASE)
 Place = TypeVar("Place")
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
 
 
 class Listing(NamedTuple):
-    """The images of each class below `root`, and the layout they were found in, in words."""
+    """The images of each class below `root`, and a description of the detected layout."""
 
     root: Path
     images: dict[str, list[Found]]
@@ -51,15 +51,15 @@ class Listing(NamedTuple):
 
 
 def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
-    """List the images of `dataset` below `source`, which is its own folder or the one above.
+    """List the images of `dataset` below `source`, its own folder or the folder above.
 
     Raises:
-        ValueError: if a class is missing, empty or unknown, a file is no image, or an archive is
-            damaged.
+        ValueError: if a class is missing, empty or unknown, a file is not an image, or an archive
+            is damaged.
     """
     known = _described(dataset)
     if source.is_file():
-        raise ValueError(f"{source} is a file; give the folder that holds it")
+        raise ValueError(f"{source} is a file; name the folder that holds it")
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
     links = Links(source)
@@ -70,12 +70,15 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         places = _places(known, source)
         if not places:
             tried = ", ".join(known.folders)
-            raise ValueError(f"no folder of {known.name} in {source}; looked for: {tried}")
+            raise ValueError(
+                f"no folder of {known.name} in {source}; looked for: {tried} "
+                f"(docs/data.md#from-the-official-archives)"
+            )
         root = places[0]
         if dataset == "objectnet":
             groups_of = objectnet_groups(root / "mappings", len(labels))
             root = root / "images"
-            # A member of the group is as good a label as any: scoring only asks for the group.
+            # any member of the group may be the label: scoring only uses the group
             class_of = {folder: members[0] for folder, members in groups_of.items()}
             present = [name for name in class_folders(root) if name in class_of]
             _require_all(root, present, list(class_of))
@@ -89,7 +92,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             _require_known(root, present, class_of)
             groups = tuple(sorted((class_of[composed(name)],) for name in present))
         else:
-            # folders are class ids; sorted as text they would be wrong
+            # folders are class ids; sorted as text, 10 would come before 2
             if dataset == "imagenet-v2":
                 class_of = {str(class_id): class_id for class_id in range(len(labels))}
             present = class_folders(root)
@@ -107,14 +110,14 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
 
 
 def folders_read(dataset: str, source: Path) -> list[Path]:
-    """Name the folders below `source` whose class folders `read_source` would look for.
+    """List the folders below `source` in which `read_source` would look for class folders.
 
     Raises:
-        ValueError: if there is no such set.
+        ValueError: if no such set is known.
     """
     known = _described(dataset)
     found = _places(known, source)
-    # ImageNet's folders may hold its other forms, so each of them may be read
+    # ImageNet's folders may hold different layouts, so each of them may be read
     if known.archive is None:
         found = found[:1]
     return [place / "images" if dataset == "objectnet" else place for place in found]
@@ -131,17 +134,16 @@ def _places(known: ImageSet, source: Path) -> list[Path]:
 
 
 def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links: Links) -> Listing:
-    """List ImageNet's training or validation images in the form they are there.
+    """List ImageNet's training or validation images in whichever layout is present.
 
-    Class folders go first: an archive is often kept beside what was extracted.
+    Class folders take precedence: an archive is often kept beside the extracted folders.
     """
     candidates = _places(known, source)
     archives = [source / parent / str(known.archive) for parent in PARENTS]
     archives = [path for path in archives if path.is_file()]
     is_train = known.name == TRAIN_SET
     in_files = _class_tars_in if is_train else _flat_files_in
-    # tried one after the other, so a form that fits ends the search; of tars and flat files the
-    # source itself may be the folder
+    # tried in order until a layout fits; tars and flat files may also lie directly in the source
     attempts = chain(
         (_class_folders_in(root, class_of, links) for root in candidates),
         (in_files(root, source, class_of, links) for root in (*candidates, source)),
@@ -153,7 +155,8 @@ def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links:
     if not archives:
         raise ValueError(
             f"no images of {known.name} in {source}; looked for classes in "
-            f"{', '.join(known.folders)}, and for {known.archive}"
+            f"{', '.join(known.folders)}, and for {known.archive} "
+            f"(docs/data.md#from-the-official-archives)"
         )
     links.look(archives[0])
     read = _training_archive if is_train else _validation_archive
@@ -174,6 +177,8 @@ def _class_tars_in(
 ) -> Listing | None:
     with os.scandir(root) as entries:
         found = [e for e in entries if e.name.endswith(".tar") and not e.is_dir()]
+    # tars with unknown names count as classes, so that a misspelt class is refused; only system
+    # files and downloaded archives do not
     present = {
         name: entry
         for entry in sorted(found, key=lambda entry: entry.name)
@@ -191,7 +196,7 @@ def _class_tars_in(
 
 
 def _training_archive(path: Path, _source: Path, class_of: Mapping[str, int]) -> Listing:
-    """List the images in the tars of the official tar; nothing is extracted."""
+    """List the images in the tars inside the official tar, without extracting them."""
     parts = {member.name.removesuffix(".tar"): member for member in tar_members(path)}
     _require_same(path, list(parts), class_of)
     images = in_threads(lambda name: _tarred_images(path, f"{name}/", parts[name]), parts)
@@ -204,14 +209,14 @@ def _flat_files_in(
 ) -> Listing | None:
     with os.scandir(root) as entries:
         files_here = [e for e in entries if has_image_suffix(e.name) and not e.is_dir()]
-    # with one that is none of the published names, the listing is refused
+    # one published name suffices; `_by_truth` then refuses any file with a different name
     if not any(VALIDATION_NAME.fullmatch(entry.name) for entry in files_here):
         return None
     links.look(root)
     images = []
     for entry in files_here:
         require_utf8(entry.path)
-        # the name twice: `_by_truth` puts the class before the first, the second names the file
+        # the name twice: `_by_truth` prefixes the first with the class, the second is the file
         images.append(Found(entry.name, regular_size(entry, links), entry.name))
     by_class, devkit = _by_truth(root, images, [root, root.parent, source], class_of)
     return Listing(root, by_class, f"flat files of {root} with the classes of {devkit}")
@@ -225,7 +230,7 @@ def _validation_archive(path: Path, source: Path, class_of: Mapping[str, int]) -
 
 
 def _tarred_images(path: Path, folder: str = "", part: tar.Member | None = None) -> list[Found]:
-    """Return the images in a tar, or in the tar that is its member, as if they lay in a folder."""
+    """List the images in a tar, or in the tar that is its member, as if they were in a folder."""
     name = f"{path}: {part.name}" if part else str(path)
     members = tar_members(path, part)
     if not members:
@@ -233,26 +238,29 @@ def _tarred_images(path: Path, folder: str = "", part: tar.Member | None = None)
     for member in members:
         require_utf8(f"{name}/{member.name}")
         if "/" in member.name or not has_image_suffix(member.name):
-            raise ValueError(f"not an image: {member.name} in {name}; a tar holds only images")
+            raise ValueError(f"not an image: {member.name} in {name}; a tar may hold only images")
     return [Found(folder + one.name, one.size, path.name, one.offset) for one in members]
 
 
 def _by_truth(
     where: Path, images: Sequence[Found], places: Sequence[Path], class_of: Mapping[str, int]
 ) -> tuple[dict[str, list[Found]], Path]:
-    """Sort the validation images into classes by the devkit found in one of `places`."""
+    """Group the validation images by class, with the devkit found in one of `places`."""
     devkit = find_devkit(places)
     if devkit is None:
         raise ValueError(
-            f"the validation images of {where} lie in no class folders; put {DEVKIT}.tar.gz "
-            f"beside them, which has their classes"
+            f"the validation images of {where} are not in class folders; put {DEVKIT}.tar.gz, "
+            f"which has their classes, beside them (docs/data.md#from-the-official-archives)"
         )
     wnids = validation_classes(devkit)
     by_class: dict[str, list[Found]] = {}
     for image in images:
+        # the number in a file's name is its line in the devkit's ground truth
         match = VALIDATION_NAME.fullmatch(image.path)
         if match is None or not 1 <= int(match[1]) <= len(wnids):
-            raise ValueError(f"{image.path} of {where} is none of the {len(wnids):,} in {devkit}")
+            raise ValueError(
+                f"{image.path} of {where} is not one of the {len(wnids):,} in {devkit}"
+            )
         wnid = wnids[int(match[1]) - 1]
         by_class.setdefault(wnid, []).append(image._replace(path=f"{wnid}/{image.path}"))
     _require_same(where, list(by_class), class_of)
@@ -260,7 +268,7 @@ def _by_truth(
 
 
 def class_folders(root: Path) -> list[str]:
-    """Return the sorted names of the folders in `root`, of which there is at least one."""
+    """List the names of the folders in `root`, sorted; at least one must exist."""
     if not root.is_dir():
         raise ValueError(f"no such folder: {root}")
     names = []
@@ -270,7 +278,9 @@ def class_folders(root: Path) -> list[str]:
                 if not passed_over(entry.name):
                     names.append(entry.name)
             elif has_image_suffix(entry.name):
-                raise ValueError(f"{entry.path} lies in no class folder; sort the images by class")
+                raise ValueError(
+                    f"{entry.path} is not in a class folder; move the images into one per class"
+                )
             elif entry.is_symlink() and not passed_over(entry.name):
                 regular_size(entry)  # a broken link may be a class that is missing
     if not names:
@@ -289,8 +299,8 @@ def _require_known(root: Path, present: Sequence[str], class_of: Mapping[str, in
         if composed(name) not in class_of:
             known = list(class_of)
             raise ValueError(
-                f"unknown class: {name!r} in {root} is none of the {len(known)} classes "
-                f"({known[0]} ... {known[-1]}); remove it, or name its label space with --classes"
+                f"unknown class: {name!r} in {root} is not one of the {len(known)} classes "
+                f"({known[0]} ... {known[-1]}); remove it, or pass its label space with --classes"
             )
 
 
@@ -299,39 +309,39 @@ def _require_all(root: Path, present: Sequence[str], expected: Sequence[str]) ->
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(expected)} classes are missing in {root} "
-            f"(first: {missing[0]}); get the archive again, or extract it again"
+            f"(first: {missing[0]}); download or extract the archive again"
         )
 
 
 def _list_folders(root: Path, names: Sequence[str], links: Links, kind: str) -> Listing:
-    """List the images in folders of `root`; folders beside them that a system made are counted."""
+    """List the images in folders of `root`; system folders beside them are counted."""
     links.look(root)
     images = in_threads(lambda name: list_images(root / name, links), names)
     with os.scandir(root) as entries:
         others = sorted(entry.name for entry in entries if entry.is_dir())
     system = [printable(name) for name in others if passed_over(name)]
     count = f"{len(system)} system folder{'s' if system[1:] else ''}"
-    said = f" ({count} passed over: {', '.join(system)})" if system else ""
+    said = f" ({count} skipped: {', '.join(system)})" if system else ""
     return Listing(root, images, f"{len(names):,} {kind} of {root}{said}")
 
 
 def in_threads(
     list_class: Callable[[Place], list[Found]], places: Collection[Place]
 ) -> dict[Place, list[Found]]:
-    """Return the images of each class, which may be named by anything."""
+    """List the images of each class in threads; `places` identify the classes."""
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         return dict(zip(places, pool.map(list_class, places), strict=True))
 
 
 def list_images(folder: Path, links: Links) -> list[Found]:
-    """Return the images in one class folder."""
+    """List the images in one class folder."""
     images = []
     if folder.is_symlink():
         links.look(folder)
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() or not has_image_suffix(entry.name):
-                raise ValueError(f"not an image: {entry.path}; class folders hold only images")
+                raise ValueError(f"not an image: {entry.path}; class folders may hold only images")
             require_utf8(entry.path)
             images.append(Found(f"{folder.name}/{entry.name}", regular_size(entry, links)))
     if not images:

@@ -1,8 +1,8 @@
-"""Names of files and folders: those a system leaves behind, those that cannot be kept, and output.
+"""Names of files and folders: system files to skip, unusable names, links, and output folders.
 
-NAS devices, macOS and Windows put files of their own beside a user's, some of them images
-(thumbnails, one per photo). They are recognised by name, in any case of letters. Galleries and
-cameras put thumbnails into folders with plain names; inside a class folder these are left out too.
+NAS devices, macOS and Windows put their own files beside the user's, some of them images
+(thumbnails, one per photo). They are recognised by name, in upper or lower case. Galleries and
+cameras put thumbnails into folders with plain names; inside a class folder these are skipped too.
 """
 
 import errno
@@ -25,67 +25,67 @@ SYSTEM_NAMES = (
     # Synology, QNAP, NetApp
     *("@eaDir", "#recycle", "#snapshot", "@tmp", "@SynoResource"),
     *("@Recycle", "@Recently-Snapshot", "@__thumb", "~snapshot"),
-    # macOS, and its files on servers; a folder's icon has a name that ends in a carriage return
+    # macOS, and its files on servers; the name of a folder's icon ends in a carriage return
     *("__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items"),
-    # Windows; a disk's own folder on Linux
+    # Windows; the last one is Linux's
     *("Thumbs.db", "Thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),
     *("$RECYCLE.BIN", "RECYCLER", "Recycled", "System Volume Information", "lost+found"),
-    # what viewers and importers leave beside photos
+    # left beside photos by viewers and importers
     *("Picasa.ini", "ZbThumbnail.info", "photothumb.db"),
 )
-# hidden files, of which "._x.jpg" is macOS's for x.jpg; streams that became files of their own
+# hidden files ("._x.jpg" is macOS's for x.jpg); streams that were saved as separate files
 SYSTEM_PATTERNS = (
     *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
-    # what Windows' chkdsk rescued, Lightroom's previews
+    # files rescued by Windows' chkdsk, Lightroom's previews
     *("found.[0-9][0-9][0-9]", "*.lrdata"),
 )
 Patterns = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
-"""Values of --ignore: names after each, and each adds to those before."""
+"""Values of --ignore: it takes several names, and may be repeated."""
 THUMBNAILS = re.compile(r"[\W_]*thumb(nail)?s?[\W_]*")
 _SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
 
 
 def patterns_of(values: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """Return the names of all --ignore of a command line."""
+    """Join the names of all --ignore options of a command line."""
     return tuple(chain.from_iterable(values))
 
 
 def taken_for_name(values: Iterable[Iterable[str]]) -> str:
-    """Word a hint where the last name of --ignore may have been meant as a folder or file.
+    """Write a hint if the last name of --ignore may have been meant as a folder or file.
 
-    An option that takes any number of names takes what stands behind it, too.
+    An option with any number of names also takes the positional arguments that follow it.
     """
     last = "".join(patterns_of(values)[-1:])
     if not last or not Path(last).exists():
         return ""
-    return f"; --ignore took {shown(last)} as a name to pass over: write it before the options"
+    return f"; --ignore took {shown(last)} as a name to skip: write it before the options"
 
 
 def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
-    """Return what a file or folder that is left out is counted under; empty if it is not left out.
+    """Return the name or pattern by which a file or folder is skipped; empty if it is kept.
 
-    That is a system's name, or a pattern of `ignore` (of `fnmatch`, in any case of letters).
+    This is a system name, or a pattern of `ignore` (as in `fnmatch`, in upper or lower case).
     """
     plain = composed(name).casefold()
-    # the user's patterns first: one that is counted nowhere is warned of
+    # the user's patterns first: a pattern without a match gets a warning
     for pattern in (*ignore, *SYSTEM_PATTERNS):
-        # both in folded case, because fnmatch.fnmatch ignores case only on Windows
+        # both casefolded, because fnmatch.fnmatch ignores case only on Windows
         if fnmatch.fnmatchcase(plain, composed(pattern).casefold()):
             return pattern
     return _SYSTEM.get(plain, "")
 
 
 def thumbnails(name: str) -> str:
-    """Return what a folder of thumbnails is counted under, empty if it is none by its name.
+    """Return the name under which a folder of thumbnails is counted; empty for any other name.
 
-    A class may be called so, which is why this is not for folders that may be classes.
+    Not for folders that may be classes, because a class may have such a name.
     """
     plain = composed(name).casefold()
     return plain if THUMBNAILS.fullmatch(plain) else ""
 
 
 def require_utf8(path: str | Path) -> None:
-    """Check the last part of a path: manifests and class lists are UTF-8.
+    """Check that the last part of a path is UTF-8, as manifests and class lists are.
 
     Raises:
         ValueError: showing the bytes of a name that is not UTF-8.
@@ -107,40 +107,40 @@ def require_distinct(root: Path, names: Iterable[str]) -> None:
     """
     if twins := find_twins(names):
         raise ValueError(
-            f"{root} holds two folders of one name in different Unicode forms: {twins[0]!a} and "
-            f"{twins[1]!a}; move their images into one"
+            f"{root} holds two folders with the same name in different Unicode forms: "
+            f"{twins[0]!a} and {twins[1]!a}; move their images into one"
         )
 
 
 class Links:
-    """The links in a source folder that lead out of it, so that what is packed lies elsewhere."""
+    """Collects the links in a source folder that lead out of it, to images stored elsewhere."""
 
     def __init__(self, source: Path) -> None:
         self._source = source.resolve()
         self._found: list[str] = []
 
     def look(self, path: str | os.PathLike[str]) -> None:
-        """Count what is known to be a link, or to lie behind one, if it leads out."""
+        """Record a path that is a link, or is reached through one, if it leads out."""
         if not Path(os.path.realpath(path)).is_relative_to(self._source):
             self._found.append(os.fspath(path))
 
     def said(self) -> str:
-        """Return the number of them and the first in one line; nothing if there are none."""
+        """Describe their number and the first of them in one line; empty if none was found."""
         if not self._found:
             return ""
-        # the first by name below, because folders are listed in threads, in any order
+        # min(): threads list the folders in any order
         several = len(self._found) > 1
         count = f"{len(self._found):,} links lead" if several else "a link leads"
         return (
-            f"{count} out of {printable(str(self._source))}, and what lies there is packed: "
+            f"{count} out of {printable(str(self._source))}, and the targets are packed: "
             f"{printable(min(self._found))}{', ...' if several else ''}"
         )
 
 
 def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
-    """Look up the size in bytes of a file, or of the file that a link leads to. Opens nothing.
+    """Look up the size in bytes of a file, or of a link's target. Opens nothing.
 
-    `links` counts it if it is a link that leads out of the source.
+    `links` records it if it is a link that leads out of the source.
 
     Raises:
         ValueError: for a broken link, a FIFO, a socket, a device or a folder.
@@ -151,7 +151,7 @@ def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
         try:
             status = os.stat(path)  # noqa: PTH116
         except OSError as error:
-            # no target, or links in a circle; a target that may not be looked at is no broken link
+            # no target, or a loop of links; a target without permission is not a broken link
             if error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
             raise ValueError(f"{path} is a broken link; remove it, or restore its target") from None
@@ -162,9 +162,9 @@ def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
 
 
 def is_below(path: Path, folder: Path) -> bool:
-    """Whether a path, which need not exist, is a folder that exists or lies in it, links resolved.
+    """Whether a path, which need not exist, is an existing folder or lies in it, links resolved.
 
-    Folders are compared by what they are, so that the case of letters is the file system's matter.
+    Folders are compared by identity, so upper and lower case are left to the file system.
     """
     resolved = path.resolve()
     return folder.exists() and any(
@@ -173,5 +173,5 @@ def is_below(path: Path, folder: Path) -> bool:
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a file's name says that it is an image of a kind that is packed."""
+    """Whether a file's name has the suffix of a supported image format."""
     return PurePosixPath(name).suffix.lower().removeprefix(".") in IMAGE_SUFFIXES

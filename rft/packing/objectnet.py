@@ -1,4 +1,4 @@
-"""How ObjectNet's folders map onto ImageNet's classes, by the files of its own archive."""
+"""Maps ObjectNet's folders to ImageNet's classes, with the files of its own archive."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Return, for each ObjectNet folder that overlaps ImageNet, the class ids it stands for.
+    """Find the class ids of each ObjectNet folder that overlaps ImageNet.
 
     `mappings` is the `mappings/` folder of ObjectNet's own archive. The chain is: folder -> label
     -> ImageNet names (joined by "; ") -> 2012 ids (line numbers) -> class ids. Folders are sorted
@@ -27,9 +27,9 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
     lines = _lines(mappings / "imagenet_to_label_2012_v2")
     if set(class_to_line) != {str(class_id) for class_id in range(num_classes)}:
         count = len(class_to_line)
-        raise ValueError(f"{mappings} maps {count} classes, the label space has {num_classes}")
+        raise ValueError(f"{mappings} maps {count} classes, but the label space has {num_classes}")
     line_to_class = {line: int(class_id) for class_id, line in class_to_line.items()}
-    # ImageNet has two classes called "crane": a name that repeats cannot be resolved
+    # ImageNet has two classes called "crane": a repeated name cannot be resolved
     occurrences = Counter(lines)
     name_to_class = {
         name: line_to_class.get(number)
@@ -40,14 +40,16 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
     groups: dict[str, tuple[int, ...]] = {}
     folder_of_class: dict[int, str] = {}
     for folder, label in sorted(folder_to_label.items()):
-        # 200 of the 313 folders show what ImageNet has no class for
+        # 200 of the 313 folders show objects without a class in ImageNet
         if label not in label_to_names:
             continue
         members = []
         for name in label_to_names[label].split(";"):
             class_id = name_to_class.get(name.strip())
             if class_id is None:
-                raise ValueError(f"{mappings}: {label!r} maps to {name.strip()!r}, not one class")
+                raise ValueError(
+                    f"{mappings}: {label!r} maps to {name.strip()!r}, which is not a single class"
+                )
             if class_id in folder_of_class:
                 other = folder_of_class[class_id]
                 raise ValueError(f"{mappings}: {folder!r} and {other!r} share class {class_id}")
@@ -60,7 +62,7 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
 
 
 def folder_labels(mappings: Path) -> dict[str, str]:
-    """Return the name of each of ObjectNet's folders.
+    """Read the class name of each of ObjectNet's folders.
 
     Raises:
         ValueError: if the file is absent or malformed.
@@ -83,5 +85,5 @@ def _lines(path: Path) -> list[str]:
         text = _read(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
-    # not splitlines(), to which U+0085 within a name is a line break too: ids are line numbers
+    # not splitlines(), which also splits at U+0085 within a name: ids are line numbers
     return [name.strip() for name in text.split("\n")]

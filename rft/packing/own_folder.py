@@ -1,11 +1,11 @@
 """Own photos: a tree whose folders are the classes, as sources to pack.
 
 Two layouts are recognised. `DIR/<class>/...` has no test set: a share of each class is held out,
-chosen by a hash of seed and path, so an image stays on its side when others come or go.
-`DIR/train/<class>/...` with `DIR/test` (or `val`) has one; `rft.packing.own_splits` decides which.
-Folders inside a class folder belong to the class, unless they hold thumbnails. These, what a system
-left behind and what `--ignore` names are passed over and counted. Any other file that is no image
-is an error: it could be a photo that was meant to be packed.
+chosen by a hash of seed and path, so adding or removing images does not move the others to the
+other side. `DIR/train/<class>/...` with `DIR/test` (or `val`) has a test set;
+`rft.packing.own_splits` distinguishes the two. Folders inside a class folder belong to the class,
+unless they hold thumbnails. Thumbnails, system files and the names of `--ignore` are skipped and
+counted. Any other file that is not an image is an error: it could be a photo that should be packed.
 """
 
 import glob
@@ -45,19 +45,19 @@ from rft.storage import files, local
 from rft.text import printable, shown
 
 TRAIN = "train"
-NAMED = 6  # files and folders that are not read and named
-LISTED = 20  # unusable files and classes that are named
+NAMED = 6  # files and folders that a note lists as not read
+LISTED = 20  # unusable files and classes that an error lists
 HEADER = 2**16  # bytes at the start of an image file: enough for nearly all headers
-TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
+TAIL = 4096  # bytes at the end of an image file: distinguishes nearly all files of equal size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
     """The images of each class folder below `root`, both sorted.
 
-    `passed` counts what was left out, by the name or pattern that it matched; `foreign` are the
-    files in class folders that are no images, `beside` those beside the class folders, which are
-    not read.
+    `passed` counts skipped files and folders, by the name or pattern that they matched; `foreign`
+    lists the files in class folders that are not images, `beside` those beside the class folders,
+    which are not read.
     """
 
     root: Path
@@ -68,7 +68,7 @@ class Tree:
 
 
 class Photos(NamedTuple):
-    """What a photo folder holds: sources to pack, their label space, and what to print of it."""
+    """The content of a photo folder: sources to pack, their label space, and lines to print."""
 
     sources: list[Source]
     labels: LabelSpace
@@ -77,14 +77,14 @@ class Photos(NamedTuple):
 
 
 class UnusableError(ValueError):
-    """What a photo folder holds that cannot be used, all of it; its notes name each.
+    """All unusable files and classes of a photo folder; the notes list each of them.
 
     Args:
-        faults: of each kind, a text for the line of the error.
-        found: a line for each file or class.
-        ignore: patterns for --ignore that pass over what can be passed over.
+        faults: one text per kind, for the line of the error.
+        found: one line for each file or class.
+        ignore: patterns for --ignore that skip those that can be skipped.
         damaged: number of files that only --max-bad leaves out.
-        holds_out: whether a class has an image that could be packed without a test set.
+        holds_out: whether a class has a single image, which can be packed without a test set.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class UnusableError(ValueError):
     ) -> None:
         super().__init__("; ".join(faults))
         self.ignore, self.damaged, self.holds_out = tuple(ignore), damaged, holds_out
-        # a single one is in the line itself
+        # a single one is already in the error's line
         if len(found) > 1:
             for line in found[:LISTED]:
                 self.add_note(line)
@@ -107,7 +107,7 @@ class UnusableError(ValueError):
 
 
 class SameBytes(NamedTuple):
-    """Pairs of paths of equal image files, each with the first that it is equal to."""
+    """Pairs of paths of equal image files, each with the first file that it equals."""
 
     between_classes: list[tuple[str, str]]
     between_sets: list[tuple[str, str]]  # of one class
@@ -121,17 +121,17 @@ def read_folder(
     ignore: Sequence[str] = (),
     max_bad: int | None = None,
 ) -> Photos:
-    """List the images below `source` as sources called train and test (and val, if both exist).
+    """List the images below `source` as sources named train and test (and val, if both exist).
 
     Without a label space the class folders' names are the classes' names; see `name_classes`.
-    Files and folders whose name matches one of the patterns `ignore` are left out. With `max_bad`
-    the header of each image is read: more damaged ones are an error, fewer are warned of.
+    Files and folders whose name matches one of the patterns `ignore` are skipped. With `max_bad`
+    the header of each image is read: more damaged ones are an error, fewer give a warning.
 
     Raises:
-        UnusableError: naming all files that are no images or are damaged, and all classes that have
-            too few images to hold some out.
-        ValueError: if a class is missing, empty or unknown, or classes and splits cannot be told
-            apart.
+        UnusableError: naming all files that are damaged or not images, and all classes with too few
+            images to hold some out.
+        ValueError: if a class is missing, empty or unknown, or the folders may be either classes or
+            splits.
     """
     if source.is_file():
         raise ValueError(f"{source} is a file; name the folder that holds the class folders")
@@ -145,7 +145,7 @@ def read_folder(
     level, shapes = read_levels(source, ignore)
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
-    # the training folder first: without --classes its folders are the label space of all
+    # the training folder first: without --classes its folders are the label space of all sets
     train = _read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))
     trees = {TRAIN: train}
     given, labels = labels is not None, labels or name_classes(train.classes)
@@ -154,7 +154,7 @@ def read_folder(
     for tree in trees.values():
         _require_classes(tree, labels)
     damaged = [] if max_bad is None else [one for tree in trees.values() for one in _damaged(tree)]
-    enough = 1 if splits or test_share == 0 else 2  # images of a class, of which one is held out
+    enough = 1 if splits or test_share == 0 else 2  # images per class: one of two is held out
     _require_usable(
         foreign=[path for tree in trees.values() for path in tree.foreign],
         damaged=damaged if len(damaged) > (max_bad or 0) else [],
@@ -165,7 +165,7 @@ def read_folder(
             if len(images) < enough
         },
     )
-    # after the check: it takes folders that hold images
+    # after the check above, because it needs folders with images
     warnings = [] if given else doubtful_folders(train.root, train.classes)
     if splits:
         sources = [_source(name, tree, labels) for name, tree in trees.items()]
@@ -180,7 +180,7 @@ def read_folder(
     warnings += doubts(labels)
     warnings += [f"{fault}; it is left out (--max-bad)" for fault in damaged]
     warnings += [
-        f"{shown(name)} beside {source} is not read; give the folder "
+        f"{shown(name)} beside {source} is not read; name the folder "
         f"{source.resolve().parent} to test on it"
         for name in (() if splits else splits_beside(source))
     ]
@@ -199,15 +199,15 @@ def _read_tree(
 ) -> Tree:
     """List the images of every class folder in `root`, a photo folder or a split of one.
 
-    `ids` are the classes where they are known; `links` counts those that lead out of the source.
+    `ids` are the classes, if known; `links` records links that lead out of the source.
     """
     links.look(root)
     level, shapes = read_levels(root, ignore)
     if level.images:
-        above = f", or, if {root.name} is a class itself, give the folder above it"
+        above = f", or, if {root.name} is a class itself, name the folder above it"
         raise ValueError(
-            f"{root / level.images[0]} lies in no class folder; sort the images by class"
-            f"{'' if is_split else above}"
+            f"{root / level.images[0]} is not in a class folder; move the images into one per class"
+            f"{'' if is_split else above} (docs/photos.md#the-folder)"
         )
     if not level.folders:
         raise ValueError(f"{root} holds no class folders")
@@ -219,7 +219,7 @@ def _read_tree(
         name: _read_class(root, name, ignore, passed, foreign, links) for name in level.folders
     }
     for shape in shapes:
-        # the files that are no images are named with all others of their kind
+        # a folder with other files only is reported later, with all files that are not images
         if not classes[shape.name] and not any(path.is_relative_to(shape.path) for path in foreign):
             only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
             raise ValueError(f"class folder {root / shape.name} holds no images{only}")
@@ -229,19 +229,20 @@ def _read_tree(
 
 
 def name_classes(folders: Iterable[str]) -> LabelSpace:
-    """Make a label space in sorted order, with underscores as spaces and OpenAI's prompts."""
+    """Make a label space from sorted folder names: underscores as spaces, OpenAI's prompts."""
     ids = tuple(sorted(map(composed, folders)))
     names = tuple(name.replace("_", " ") for name in ids)
     return LabelSpace(ids=ids, names=names, templates=LabelSpace.imagenet().templates)
 
 
 def _require_classes(tree: Tree, labels: LabelSpace) -> None:
-    """Hold the class folders against the label space."""
+    """Check the class folders against the label space."""
     present = {composed(name): name for name in tree.classes}
+    # unknown before missing: a misspelt folder is both, and its name is the better hint
     unknown = sorted(present.keys() - set(labels.ids))
     if unknown:
         raise ValueError(
-            f"unknown class: folder {shown(unknown[0])} in {tree.root} is none of the "
+            f"unknown class: folder {shown(unknown[0])} in {tree.root} is not one of the "
             f"{len(labels)} classes; remove it or add it to --classes"
         )
     missing = [name for name in labels.ids if name not in present]
@@ -253,11 +254,11 @@ def _require_classes(tree: Tree, labels: LabelSpace) -> None:
 
 
 def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
-    """Return the sources train and test of a tree; only train if the share is 0."""
+    """Split a tree into the sources train and test; only train if the share is 0."""
     held: set[str] = set()
     for images in tree.classes.values():
         held |= choose_test([image.path for image in images], share, seed)
-    # keys are made for both together, so train and test share none
+    # keys are made for both at once, so train and test share none
     whole = _source(TRAIN, tree, labels)
     train = tuple(item for item in whole.items if item.path not in held)
     test = tuple(item for item in whole.items if item.path in held)
@@ -266,9 +267,9 @@ def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[S
 
 
 def choose_test(paths: Sequence[str], share: float, seed: int) -> frozenset[str]:
-    """Return the paths of one class that are held out: the nearest number to the share, above 0.
+    """Choose the held-out paths of one class: the number nearest to the share, but at least one.
 
-    At least two are needed, so that one is left to train on.
+    At least two paths are needed, so that one remains for training.
     """
     if share == 0:
         return frozenset()
@@ -276,7 +277,7 @@ def choose_test(paths: Sequence[str], share: float, seed: int) -> frozenset[str]
     salt = hashlib.blake2b(f"rft.data.folder {seed}".encode()).digest()
 
     def position(path: str) -> tuple[bytes, str]:
-        # in one Unicode form: an image keeps its side when the photos move from a Mac to Linux
+        # in one Unicode form: an image stays on its side when photos move from a Mac to Linux
         name = composed(path).encode()
         return hashlib.blake2b(name, key=salt, digest_size=16).digest(), path
 
@@ -294,7 +295,7 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
     found = SameBytes([], [])
     for _, places in sorted(by_size.items()):
         for group in _equal_files(places):
-            # compared with the first of each set and class alone: all pairs would be many
+            # compared only with the first of each set and class: all pairs would be too many
             first: dict[tuple[str, int], Place] = {}
             for place in group:
                 known = first.values()
@@ -310,7 +311,7 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
 
 
 class Place(NamedTuple):
-    """Where an image lies, in which set and class."""
+    """The location of an image, and its set and class."""
 
     dataset: str
     label: int
@@ -318,9 +319,9 @@ class Place(NamedTuple):
 
 
 def _equal_files(places: Sequence[Place]) -> list[list[Place]]:
-    """Group files of one size that hold the same bytes; only groups over several sets or classes.
+    """Group files of equal size by content; only groups across several sets or classes matter.
 
-    Most files of one size differ in their last bytes, so few are read in full.
+    Most files of equal size differ in their last bytes, so few are read in full.
     """
     groups = [list(places)]
     for content in (_tail, files.sha256_file):
@@ -347,23 +348,23 @@ def _read_class(
     foreign: list[Path],
     links: Links,
 ) -> list[Found]:
-    """Return the sorted images in and below a class folder; add what is no image to `foreign`."""
+    """List the images in and below a class folder, sorted; other files are added to `foreign`."""
     images = []
     seen: set[str] = set()
     for folder, below, names in os.walk(root / name, followlinks=True, onerror=_raise):
-        # links may lead round in a circle, or two of them to one folder
+        # links may form a loop, or two of them may lead to the same folder
         place = os.path.realpath(folder)
         if Path(folder).is_symlink():
             links.look(folder)
         if len(Path(folder).relative_to(root).parts) > DEPTH:
-            raise ValueError(f"{folder} lies more than {DEPTH} folders deep; move its images up")
+            raise ValueError(f"{folder} is more than {DEPTH} folders deep; move its images up")
         if place in seen:
-            raise ValueError(f"{folder} leads to a folder that was read already; remove the link")
+            raise ValueError(f"{folder} leads to a folder that was already read; remove the link")
         seen.add(place)
         patterns = {entry: passed_over(entry, ignore) for entry in (*below, *names)}
         patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
         passed.update(filter(None, patterns.values()))
-        # in place: os.walk descends into what is left of the list
+        # in place: os.walk descends into the folders that remain in the list
         below[:] = sorted(entry for entry in below if not patterns[entry])
         paths = [Path(folder) / entry for entry in names if not patterns[entry]]
         for path in (*(Path(folder) / entry for entry in below), *paths):
@@ -373,17 +374,17 @@ def _read_class(
             if has_image_suffix(path.name):
                 images.append(Found(path.relative_to(root).as_posix(), size))
             else:
-                # collected, so that one error names --ignore for every kind of file
+                # collected, so that one error suggests --ignore for every kind of file
                 foreign.append(path)
     return sorted(images)
 
 
 def _raise(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder it cannot read
+    raise error  # by default os.walk skips folders that it cannot read
 
 
 def _damaged(tree: Tree) -> Iterator[str]:
-    """Yield why images cannot be read, by their headers alone: nothing is decoded."""
+    """Yield the faults of unreadable images, found by their headers only: nothing is decoded."""
     for name in sorted(tree.classes):
         for image in tree.classes[name]:
             try:
@@ -393,7 +394,7 @@ def _damaged(tree: Tree) -> Iterator[str]:
 
 
 def _require_header(path: Path, size: int) -> None:
-    """Check the header of an image file as packing does, by its first bytes if these suffice."""
+    """Check the header of an image file as packing does, from its first bytes if they suffice."""
     if size == 0:
         raise ValueError(f"{path} is empty")
     require_affordable(size, str(path))
@@ -410,24 +411,24 @@ def _require_header(path: Path, size: int) -> None:
 def _require_usable(
     *, foreign: Sequence[Path], damaged: Sequence[str], small: Mapping[Path, int]
 ) -> None:
-    """Raise one error for all that cannot be used; `small` counts images by class folder."""
+    """Raise one error for everything unusable; `small` counts images by class folder."""
     faults, ignore, found = [], [], []
     if foreign:
         known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
-        # a name may hold what a pattern gives a meaning
+        # escaped, because a name may contain wildcards of patterns
         kinds = {
             f"*{glob.escape(path.suffix.lower())}" if path.suffix else glob.escape(path.name)
             for path in foreign
         }
         ignore += sorted(kinds)
         faults.append(
-            f"not an image: {min(foreign)}{_more(foreign)}; class folders hold only {known}. "
-            f"Convert or remove the others, or pass them over with --ignore {_patterns(ignore)}"
+            f"not an image: {min(foreign)}{_more(foreign)}; class folders may hold only {known}. "
+            f"Convert or remove the others, or skip them with --ignore {_patterns(ignore)}"
         )
         found += [f"not an image: {path}" for path in sorted(foreign)]
     if damaged:
         faults.append(
-            f"{damaged[0]}{_more(damaged)}; get it again, or leave it out with --max-bad "
+            f"{damaged[0]}{_more(damaged)}; replace it, or leave it out with --max-bad "
             f"{len(damaged)}"
         )
         found += damaged
@@ -438,7 +439,7 @@ def _require_usable(
         folder, count = next(iter(small.items()))
         faults.append(
             f"class folder {shown(folder.name)} has {counts[count]}{_more(small)}, too few to pack "
-            f"or to hold some out; add images, or pass it over with --ignore {_patterns(patterns)}"
+            f"or to hold some out; add images, or skip it with --ignore {_patterns(patterns)}"
         )
         found += [f"{counts[count]}: {folder}" for folder, count in sorted(small.items())]
     if faults:
@@ -456,14 +457,14 @@ def _patterns(patterns: Sequence[str]) -> str:
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
-    """List the files that were not read, by reason, one line each."""
+    """Summarise the files that were not read, one line per reason."""
     notes = []
     if passed:
         counts = (
             f"{count:,} {printable(pattern)}{' (--ignore)' if pattern in ignore else ''}"
             for pattern, count in sorted(passed.items(), key=lambda entry: (-entry[1], entry[0]))
         )
-        notes.append(f"passed over by name: {', '.join(counts)}")
+        notes.append(f"skipped by name: {', '.join(counts)}")
     if unread:
         more = f" and {len(unread) - NAMED:,} more" if len(unread) > NAMED else ""
         notes.append(f"not read: {printable(', '.join(unread[:NAMED]))}{more}")
@@ -471,7 +472,7 @@ def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -
 
 
 def _source(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
-    """Return all images of a tree as one source."""
+    """Turn all images of a tree into one source."""
     return Source(
         dataset=dataset,
         root=tree.root,

@@ -1,10 +1,10 @@
-"""Are the folders of a photo folder classes, or the splits of a set? Decided by name and by shape.
+"""Distinguishes classes from splits among the folders of a photo folder, by name and content.
 
 A split holds folders, one per class; a class folder holds images, with or without further folders.
-Names say more: `train`, `Training`, `test_set`, `validation images` are splits where both a
-training split and another one exist. What looks like splits and cannot be told apart is refused
-with a hint, because splits packed as classes train and test without an error. Where `--classes`
-names all folders in question they are classes.
+Names decide further: `train`, `Training`, `test_set`, `validation images` are splits if both a
+training split and another one exist. Ambiguous folders are refused with a hint, because splits that
+are packed as classes would train and test without an error. If `--classes` names all folders in
+question, they are classes.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ WORDS = {
     "test": "test|testing",
     "val": "val|valid|validate|validation|dev|development|eval|evaluation|holdout|heldout",
 }
-# words beside the role that change nothing, as in `test_set` and `imgs_train`
+# words beside the role that do not change it, as in `test_set` and `imgs_train`
 NEUTRAL = "(?:set|data|dataset|split|folder|images?|imgs?|pics|pictures?|photos?|samples|examples)?"
 NAMES = {role: re.compile(f"{NEUTRAL}(?:{words}){NEUTRAL}") for role, words in WORDS.items()}
 BETWEEN_WORDS = re.compile(r"[\s_.-]+")
-# also divides at capitals, as in `trainA`; digits and signs are no part of a word
+# also splits at capitals, as in `trainA`; digits and signs do not belong to words
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_]+")
 DEPTH = 64  # of folders in a class folder; os.walk recurses in Python 3.11
-DEEPEST = 20  # levels looked through for a hint: links may lead round in a circle
+DEEPEST = 20  # levels searched for a hint: links may form a loop
 
 
 class Level(NamedTuple):
-    """What lies directly in a folder: sorted names, without those that are passed over.
+    """The direct content of a folder: sorted names, without those that are skipped.
 
-    `passed` holds what each name that was left out is counted under.
+    `passed` has the name or pattern by which each skipped one is counted.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Level(NamedTuple):
 
     @property
     def images(self) -> list[str]:
-        """The files that are images by their name."""
+        """The files with an image's suffix."""
         return list(filter(has_image_suffix, self.files))
 
     @property
@@ -64,7 +64,7 @@ class Level(NamedTuple):
 
 
 def read_level(folder: Path, ignore: Sequence[str]) -> Level:
-    """List a folder without what a system left in it and what the patterns `ignore` match."""
+    """List a folder without system files and without names that match the patterns `ignore`."""
     folders, files, passed = [], [], []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -78,7 +78,7 @@ def read_level(folder: Path, ignore: Sequence[str]) -> Level:
 def read_levels(folder: Path, ignore: Sequence[str]) -> tuple[Level, list[Level]]:
     """List a folder that may hold classes or splits, and each of the folders in it.
 
-    Of the latter's files the first image is kept, if there is one.
+    Of the files in those, only the first image is kept, if any.
 
     Raises:
         ValueError: for a broken link, or a folder whose name is not UTF-8.
@@ -89,19 +89,19 @@ def read_levels(folder: Path, ignore: Sequence[str]) -> tuple[Level, list[Level]
     for name in level.files:
         if (folder / name).is_symlink():
             regular_size(folder / name)  # a broken link may be a class that is missing
-    # one image says that a folder has some; the names of all might be millions
+    # one image shows that a folder has some; keeping all names might take millions
     below = (read_level(folder / name, ignore) for name in level.folders)
     return level, [one._replace(files=tuple(one.images[:1]), passed=()) for one in below]
 
 
 def role(name: str) -> str:
-    """Return the set that a folder's name stands for: train, test, val, or nothing."""
+    """Find the set that a folder's name stands for: train, test, val, or empty."""
     plain = BETWEEN_WORDS.sub("", composed(name).casefold())
     return next((role for role, pattern in NAMES.items() if pattern.fullmatch(plain)), "")
 
 
 def hinted_role(name: str) -> str:
-    """Return the set that a word in a folder's name stands for (`seg_train`, `trainA`), if any."""
+    """Find the set that a word in a folder's name stands for (`seg_train`, `trainA`), if any."""
     return next(filter(None, map(role, WORD.findall(composed(name)))), "")
 
 
@@ -109,11 +109,11 @@ def find_splits(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> 
     """Find the folders in `source` that are splits; `ids` are the classes of `--classes`, if any.
 
     Returns:
-        Folder names by the name of the set they become: train, test and, if there are both a test
-        and a validation split, val. Empty if the folders are classes.
+        Folder names by the name of the set they become: train, test and, if the source has both a
+        test and a validation split, val. Empty if the folders are classes.
 
     Raises:
-        ValueError: if folders look like splits and cannot be told apart.
+        ValueError: if folders look like splits, but are ambiguous.
     """
     # `_choose` relies on this order
     named: dict[str, list[Level]] = {"train": [], "test": [], "val": []}
@@ -129,16 +129,16 @@ def find_splits(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> 
     if alone:
         other = "training split" if role(alone.name) != "train" else "test or validation split"
         raise ValueError(
-            f"{source} holds {shown(alone.name)}, which looks like a split, and no {other}; give "
-            f"the folder {source / alone.name} to pack it alone, rename the other split to train, "
-            f"test or val, or name {shown(alone.name)} in --classes if it is a class"
+            f"{source} holds {shown(alone.name)}, which looks like a split, but no {other}; name "
+            f"the folder {source / alone.name} to pack only that, rename the other split to train, "
+            f"test or val, or list {shown(alone.name)} in --classes if it is a class"
         )
     _require_no_hints(source, shapes, ids)
     return {}
 
 
 def splits_beside(source: Path) -> list[str]:
-    """Name the test and validation splits beside a folder that is called like a training split."""
+    """List the test and validation splits beside a folder that is named like a training split."""
     folder = source.resolve()
     if role(folder.name) != "train":
         return []
@@ -157,23 +157,24 @@ def require_classes_here(
     *,
     is_split: bool,
 ) -> None:
-    """Check that the folders in `source` can be classes, and not a level above or below them.
+    """Check that the folders in `source` can be classes, rather than a level above or below them.
 
     Raises:
-        ValueError: for a single folder, a class that holds splits, or folders that lead to the same
-            folders or to splits, with a hint.
+        ValueError: with a hint, for a single folder, a class that holds splits, or folders that
+            contain the same folders or splits.
     """
     if len(shapes) == 1 and composed(shapes[0].name) not in ids:
         raise ValueError(_one_class(source, shapes[0], ignore, is_split))
     ends = [_end(_without_thumbnails(shape), ignore) for shape in shapes]
     for end in ends:
+        # splits below a class: the two levels are probably swapped
         roles = {role(name): name for name in end.folders}
         other = roles.get("test") or roles.get("val")
         if "train" in roles and other:
             above = source / roles["train"] / end.path.relative_to(source)
             raise ValueError(
                 f"{end.path} holds splits ({shown(roles['train'])}, {shown(other)}); "
-                f"give it as the source if it is a set of its own, or, if it is a class, put the "
+                f"name it as the source if it is a separate set, or, if it is a class, put the "
                 f"splits above the classes ({above}, ...)"
             )
     if is_split or all(composed(shape.name) in ids for shape in shapes):
@@ -183,42 +184,42 @@ def require_classes_here(
 
 
 def _require_no_sets(source: Path, shapes: Sequence[Level], ends: Sequence[Level]) -> None:
-    """Check that folders do not lead to the same folders, as several sets of one kind do."""
+    """Check that folders do not contain the same folders, as several sets of one kind would."""
     sets = [end for end in ends if end.is_split_like]
     for one, two in combinations(sets, 2):
         common = sorted(set(one.folders) & set(two.folders))
-        # one name in common may be chance
+        # a single common name may be chance
         if len(common) > 1:
             names = [str(end.path.relative_to(source)) for end in (one, two)]
             direct = one.path.parent == two.path.parent == source
             hint = (
-                "rename them to train and test if they are splits, give one of them as the source"
+                "rename them to train and test if they are splits, name one of them as the source"
             )
             if not direct:
-                hint = f"give the folder {one.path}, or move the images of both into one folder,"
+                hint = f"name the folder {one.path}, or move the images of both into one folder,"
             raise ValueError(
-                f"{shown(names[0])} and {shown(names[1])} in {source} hold folders of the same "
+                f"{shown(names[0])} and {shown(names[1])} in {source} hold folders with the same "
                 f"names ({', '.join(map(shown, common[:3]))}) and no images of their own: {hint} "
-                f"if those folders are the classes, or name "
+                f"if those folders are the classes, or list "
                 f"{'them' if direct else ', '.join(shown(shape.name) for shape in shapes[:3])} in "
                 f"--classes if they are classes"
             )
-    # of years/2023/photos/cat that is photos
+    # for years/2023/photos/cat this is photos
     chains = {end.path.relative_to(source).parts[1:] for end in ends}
     if len(chains) == 1 and chains != {()} and len(sets) == len(ends):
         on_the_way = "/".join(next(iter(chains)))
         raise ValueError(
-            f"every folder in {source} holds nothing but {shown(on_the_way)} with further "
-            f"folders: if those are the classes, give the folder {sets[0].path}, or move them all "
-            f"into one folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
+            f"every folder in {source} holds only {shown(on_the_way)} with further "
+            f"folders: if those are the classes, name the folder {sets[0].path}, or move them all "
+            f"into one folder; if {shown(shapes[0].name)}, ... are classes, list them in --classes"
         )
 
 
 def _require_no_splits(source: Path, shapes: Sequence[Level], ends: Sequence[Level]) -> None:
     """Refuse sources whose folders are sets with splits rather than classes.
 
-    That is so if every folder keeps all its images in a split, or if a folder's only split holds
-    class folders. A split inside a single class is only a warning (`doubtful_folders`).
+    This is the case if every folder has all its images in a split, or if a folder's only split
+    holds class folders. A split inside a single class only gives a warning (`doubtful_folders`).
     """
     splits = [_split_on_the_way(shape, end) for shape, end in zip(shapes, ends, strict=True)]
     for shape, split, end in zip(shapes, splits, ends, strict=True):
@@ -228,20 +229,20 @@ def _require_no_splits(source: Path, shapes: Sequence[Level], ends: Sequence[Lev
         if is_set or all(splits):
             what = "every folder in" if all(splits) else f"{shown(shape.name)} in"
             raise ValueError(
-                f"{what} {source} holds its images only in a folder that is called like a split "
-                f"({split.relative_to(source)}): if the folders in it are the classes, give "
+                f"{what} {source} holds its images only in a folder that is named like a split "
+                f"({split.relative_to(source)}): if the folders in it are the classes, name "
                 f"the folder {split}; if {shown(shape.name)} is a class, move its images up or "
-                f"name it in --classes"
+                f"list it in --classes"
             )
 
 
 def _split_on_the_way(top: Level, end: Level) -> Path | None:
-    """Return a folder called like a split that holds all images of a class, or is one of several.
+    """Find a folder named like a split that holds all images of a class, or is one of several.
 
-    `end` is where the single folders in the class folder `top` end.
+    `end` is the end of the chain of single folders in the class folder `top`.
     """
     below = [place for place in (end.path, *end.path.parents) if place.is_relative_to(top.path)]
-    # from the outermost inwards, without the class folder itself
+    # from the outermost folder inwards, without the class folder itself
     for place in reversed(below[:-1]):
         if role(place.name):
             return place
@@ -251,7 +252,7 @@ def _split_on_the_way(top: Level, end: Level) -> Path | None:
 
 
 def _end(shape: Level, ignore: Sequence[str], *, in_class: bool = True) -> Level:
-    """Go down through folders that hold one folder and no images; return where that ends."""
+    """Descend through folders that hold a single folder and no images, to the last one."""
     for _ in range(DEEPEST):
         if shape.images or len(shape.folders) != 1:
             break
@@ -265,11 +266,11 @@ def _without_thumbnails(shape: Level) -> Level:
 
 
 def not_read(level: Level, splits: Collection[str], ignore: Sequence[str]) -> list[str]:
-    """Name the folders beside the splits, with the number of images in them, and the files."""
+    """List the folders beside the splits, with their number of images, and the files."""
     entries = []
     for name in sorted(set(level.folders) - set(splits)):
         count = 0
-        # links are not followed and the deepest folders are not read: the count is a hint
+        # links are not followed, and very deep folders are not read: the count is only a hint
         for folder, below, names in os.walk(level.path / name):
             deep = len(Path(folder).relative_to(level.path).parts) >= DEPTH
             below[:] = [one for one in below if not (deep or passed_over(one, ignore))]
@@ -284,17 +285,17 @@ def _choose(source: Path, named: Mapping[str, Sequence[Level]]) -> dict[str, str
             names = " and ".join(shown(shape.name) for shape in shapes[:2])
             raise ValueError(
                 f"{source} holds {names}: which is the {kind} split? Rename or move the other, or "
-                f"pass it over with --ignore"
+                f"skip it with --ignore"
             )
     for shape in chain(*named.values()):
         if shape.images and not shape.folders:
             raise ValueError(
-                f"{shape.path} looks like a split by its name, but it holds images and no class "
-                f"folders; sort them by class, pass it over with --ignore {shown(shape.name)}, or "
-                f"name the classes with --classes if it is one"
+                f"{shape.path} is named like a split, but holds images and no class folders; move "
+                f"them into class folders, skip it with --ignore {shown(shape.name)}, or list the "
+                f"classes with --classes if it is one"
             )
     found = [shapes[0].name for shapes in named.values() if shapes]
-    # without a test split the validation split is second, and becomes the test set
+    # without a test split, the validation split comes second and becomes the test set
     return dict(zip(("train", "test", "val"), found, strict=False))
 
 
@@ -302,13 +303,14 @@ def _require_no_hints(source: Path, shapes: Sequence[Level], ids: Collection[str
     train = [shape for shape in shapes if hinted_role(shape.name) == "train"]
     other = [shape for shape in shapes if hinted_role(shape.name) in ("test", "val")]
     doubtful = [*train, *other]
-    # a stray image beside the class folders makes no class of a split
+    # a split with a stray image beside its class folders is still a split
     if not (train and other and any(shape.folders for shape in doubtful)):
         return
     if any(composed(shape.name) not in ids for shape in doubtful):
         raise ValueError(
             f"{shown(train[0].name)} and {shown(other[0].name)} in {source} look like splits; "
-            f"rename them to train and test, or name them in --classes if they are classes"
+            f"rename them to train and test, or list them in --classes if they are classes "
+            f"(docs/photos.md#the-folder)"
         )
 
 
@@ -317,16 +319,13 @@ def _one_class(source: Path, shape: Level, ignore: Sequence[str], is_split: bool
     message = f"{source} holds a single folder, {shown(shape.name)}"
     if found.images or len(found.folders) < 2:
         hint = f"; if it has no classes, --ignore {shown(source.name)}" if is_split else ""
-        return f"{message}; one class is too few: every prediction would be right{hint}"
-    several = f"{message}, and the class folders seem to lie in {found.path}"
-    return f"{several}; {'move them up' if is_split else f'give the folder {found.path}'}"
+        return f"{message}; one class is too few: every prediction would be correct{hint}"
+    several = f"{message}, and the class folders seem to be in {found.path}"
+    return f"{several}; {'move them up' if is_split else f'name the folder {found.path}'}"
 
 
 def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list[str]:
-    """Warn of class folders that may be something else: a split, or a group of classes.
-
-    Those that hold a split are named too.
-    """
+    """List warnings of class folders that may be splits or groups of classes, or hold a split."""
     found = []
     within = []
     for name, images in classes.items():
@@ -335,11 +334,11 @@ def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list
         folders = [image.path.rpartition("/")[0] for image in images]
         place = posixpath.commonpath(folders)
         below = sorted({folder[len(place) + 1 :].split("/")[0] for folder in folders})
-        if all(below):  # no image lies in the place itself
+        if all(below):  # no image lies directly in this folder
             names = ", ".join(map(shown, below[:3]))
             found.append(
                 f"class {shown(name)} in {root} has no images of its own, only folders "
-                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give the "
+                f"({names}{', ...' if below[3:] else ''}); if those are the classes, name the "
                 f"folder {root / place}"
             )
         # without the class folder itself, which comes first
@@ -350,7 +349,7 @@ def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list
     for place, names in within[:1]:
         others = f" (and in {len(within) - 1:,} more)" if within[1:] else ""
         found.append(
-            f"{names} in {place}{others} is called like a split; its images are packed as those of "
+            f"{names} in {place}{others} is named like a split; its images are packed as part of "
             f"the class"
         )
     return found

@@ -1,10 +1,10 @@
 """Pack a source of images into WebDataset tar shards that readers address by offset.
 
-Everything is a function of the plan: which samples are in which shard, in which order. `plan.json`
-is written first and guards the folder against a second, different plan. Shards are independent
-tasks (`rft.packing.shard`); `manifest.json` is written last, when all commit records are there.
-So a killed run continues where it was, any split over processes and machines gives the same bytes,
-and a folder without a manifest is not a data set.
+The plan determines everything: which samples are in which shard, in which order. `plan.json` is
+written first and protects the folder against a second, different plan. Shards are independent tasks
+(`rft.packing.shard`); `manifest.json` is written last, when all commit records exist. So a killed
+run resumes where it stopped, any division among processes and machines gives the same bytes, and a
+folder without a manifest is not a data set.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
 from rft.text import printable
 
-ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
+ALGORITHM = 2  # part of the plan: raise it when the order, the cut or the members change
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,9 @@ log = logging.getLogger(__name__)
 
 @document(name="--")
 class Options:
-    """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes.
+    """How to pack; `workers`, `task` and `finalize` divide the work and never change the bytes.
 
-    Nor do `max_bad`, unless it is needed, which says how many images a complete set may lack, and
-    `max_pixels`.
+    Neither does `max_pixels`, nor `max_bad` if every image can be decoded.
     """
 
     encoding: Kind = "original"
@@ -77,23 +76,24 @@ class Options:
     seed: Seed = 0
     """Seed of the global shuffle."""
     workers: Positive | None = None
-    """Processes that write shards; None is one for each core this process may use."""
+    """Processes that write shards; None is one per core that this process may use."""
     task: str | None = None
-    """I/N with I from 0 to N-1: this job array's part of the shards; the last adds the manifest."""
+    """I/N with I from 0 to N-1: this task's part of the shards; the last to finish writes the
+    manifest."""
     finalize: bool = False
-    """Write no shards, only the manifest of shards that are all there."""
+    """Write no shards, only the manifest, once all shards exist."""
     max_bad: Whole = 0
-    """How many images of the whole set may be left out because they cannot be decoded; each is
-    listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
-    images again."""
+    """How many images of the entire set may be left out because they cannot be decoded; each is
+    listed with its reason in quarantine.jsonl. A rerun with a larger number resumes, with a smaller
+    one it retries those images."""
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have: a small file may claim more than memory holds.
-    Raise it for panoramas of your own; it never changes bytes."""
+    Raise it for your own panoramas; it never changes the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackPlan:
-    """Which samples go into which shard, and the parameters that decided it (`plan.json`)."""
+    """The assignment of samples to shards, and the parameters that determine it (`plan.json`)."""
 
     source: Source
     labels: LabelSpace
@@ -118,7 +118,7 @@ def pack(
     """Pack `dataset`, found at or below the folder `source`, into `out/dataset`.
 
     In ImageNet's label space the number of images must be the published one, or `allowed_count`.
-    See `pack_source` for what else it returns and raises.
+    Returns and raises as `pack_source`.
     """
     _check(options)  # before a listing that may take minutes
     require_apart(folders_read(dataset, Path(source)), out, [dataset])
@@ -133,13 +133,13 @@ def pack(
 def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) -> bool:
     """Pack a source whose images are already listed into `out/source.dataset`.
 
-    A rerun continues where the last one stopped; a complete set is not changed.
+    A rerun resumes where the last one stopped; a complete set is not changed.
 
     Returns:
-        Whether the data set is complete; it is not while other tasks still have shards to write.
+        Whether the data set is complete; False while other tasks still have shards to write.
 
     Raises:
-        ValueError: if the source, an image, an option or what is already in `out` is not right.
+        ValueError: if the source, an image or an option is invalid, or `out` holds other data.
     """
     index, count = _check(options)
     plan = make_plan(source, labels, options)
@@ -153,7 +153,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         mine = jobs[index::count]
         todo = [job for job, commit in zip(mine, _commits(mine), strict=True) if commit is None]
         _write_shards(source.dataset, todo, options.workers, options.max_bad)
-    # of all tasks: the one that ends last finds every record and completes the set
+    # the records of all tasks: the last task finds every record and completes the set
     found = _commits(jobs)
     commits = [commit for commit in found if commit is not None]
     missing = len(found) - len(commits)
@@ -165,7 +165,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     if missing:
         log.info(
             f"{source.dataset}: task {index}/{count} is done; {missing} of {len(jobs)} shards are "
-            f"still to come from other tasks, the last of which writes the manifest"
+            f"left to other tasks, the last of which writes the manifest"
         )
         return False
     manifest = finalize(plan, url, commits, options.max_bad)
@@ -188,9 +188,9 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
 
 
 def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
-    """Return the plan: a global shuffle of the items, cut into shards by bytes.
+    """Make the plan: a global shuffle of the items, cut into shards by bytes.
 
-    The order does not depend on that of `source.items`.
+    The result does not depend on the order of `source.items`.
     """
     encoding = encoding_parameters(
         options.encoding,
@@ -215,7 +215,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
         "shard_bytes": shard_bytes,
         "samples": len(order),
         "source_bytes": sum(item.bytes for item in order),
-        # short, because they are for people to compare; there is no reason to forge them
+        # shortened, to be compared by eye; nothing is gained by forging it
         "items": files.sha256_json(listing)[:16],
         "labels": scoring_hash(labels.ids, labels.names, labels.templates, source.groups),
         **declared(source.score, ood=source.ood),
@@ -227,7 +227,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
 
 
 def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
-    """Return the items sorted by a hash of seed and key: no library version can change that."""
+    """Sort the items by a hash of seed and key, so that no library version changes the order."""
     # not this module's name: a different text would reorder every packed set
     salt = hashlib.blake2b(f"rft.data.pack {seed}".encode()).digest()
 
@@ -241,7 +241,7 @@ def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
 def make_jobs(
     plan: PackPlan, url: str, max_bad: int = 0, max_pixels: float = MAX_PIXELS
 ) -> list[ShardJob]:
-    """Return one job for each shard of the plan."""
+    """Make one job for each shard of the plan."""
     return [
         ShardJob(
             root=plan.source.root,
@@ -259,19 +259,19 @@ def make_jobs(
 
 
 def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
-    """Make `url` the folder of this plan, or find that it already is.
+    """Make `url` the folder of this plan, or check that it already is.
 
-    A plan that has come to nothing yet gives way to another one.
+    A different plan without any shard yet is replaced.
 
     Raises:
-        ValueError: if the folder holds another plan's data, with what differs, or other files, or
-            nothing while it may not be made.
+        ValueError: if the folder holds a different plan's data (with the differences) or other
+            files, or is empty and may not be created.
     """
     plan_url = files.join(url, PLAN)
     fs, folder = files.open_store(url)
     if isinstance(fs, LocalFileSystem):
         local.require_own_folder(Path(folder), "--out")
-        # records are written through commit/, which a link could lead elsewhere
+        # records are written through commit/, which could be a link to a different folder
         local.require_no_links(Path(folder), [COMMITS])
     # a packer killed in its first write leaves a temporary file and no plan
     names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
@@ -282,12 +282,13 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
         changes = "; ".join(files.difference(found, plan.parameters))
         records = file_sizes(files.join(url, COMMITS))
         shards = {*names, *records} - {PLAN, COMMITS}
-        # an empty commit/ and temporary files hold no data of that plan
+        # an empty commit/ and temporary files are not data of that plan
         if any(not files.TEMPORARY.fullmatch(name) for name in shards) or not create:
             raise ValueError(
-                f"{url} holds another plan ({changes}); choose another --out or delete that folder"
+                f"{url} holds a different plan ({changes}); choose another --out or delete that "
+                f"folder"
             )
-        log.info(f"{url} held another plan ({changes}) but no shard yet: replaced")
+        log.info(f"{url} held a different plan ({changes}) but no shard yet: replaced")
     elif names:
         raise ValueError(
             f"{url} is not empty and was not packed by rft (it has {names[0]} but no plan.json); "
@@ -299,7 +300,7 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
 
 
 def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int = 0) -> Manifest:
-    """Write index, side files and, last, the manifest of a folder whose shards all have a record.
+    """Write index, side files and, last, the manifest, once all shards have a record.
 
     Raises:
         ValueError: if more than `max_bad` images were left out.
@@ -307,7 +308,7 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
     quarantined = [(commit.shard.name, entry) for commit in commits for entry in commit.quarantined]
     if len(quarantined) > max_bad:
         raise too_many([entry for _, entry in quarantined], max_bad)
-    # np.bytes_ makes ASCII bytes of the keys, each as long as the longest
+    # np.bytes_ turns the keys into ASCII bytes of the longest key's length
     columns = {
         name: np.array(
             [value for commit in commits for value in getattr(commit.columns, name)], dtype
@@ -331,14 +332,14 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
             compact_json({**asdict(entry), "shard": name}) + b"\n" for name, entry in quarantined
         ]
         files.write_bytes(files.join(url, QUARANTINE), b"".join(lines))
-    # before the manifest: a rerun finds the set complete and would leave them
+    # before the manifest: with it, a rerun would find the set complete and keep them
     _remove_temporaries(url)
     manifest.save(url)
     return manifest
 
 
 def _domains(source: Source, key_N: np.ndarray) -> np.ndarray | None:
-    """Return the number of each sample's domain, int32 (N,); None for a set without domains."""
+    """Look up the number of each sample's domain, int32 (N,); None for a set without domains."""
     if not source.domains:
         return None
     number_of = {name: number for number, name in enumerate(source.domains)}
@@ -372,44 +373,46 @@ def _manifest(
 
 
 def _require_readable(plan: PackPlan) -> None:
-    """Refuse before anything is packed what readers of the finished set would refuse.
+    """Check, before packing, the limits that readers of the finished set enforce.
 
     Raises:
-        ValueError: for a key or an index that is too large, or a manifest that cannot be right.
+        ValueError: for a key or an index that is too large, or an invalid manifest.
     """
     if (count := len(plan.source.domains)) > DOMAINS:
         raise ValueError(
-            f"{plan.source.dataset} has {count:,} domains, at most {DOMAINS:,} are read; make them "
-            "coarser"
+            f"{plan.source.dataset} has {count:,} domains, more than the limit of {DOMAINS:,}; "
+            "make them coarser"
         )
+    # a manifest with a dummy shard, because only the label space is checked here
     some_hash = "0" * 64
     shards = [Shard(name="0.tar", bytes=0, sha256=some_hash, samples=1)]
     try:
         _manifest(plan, shards, some_hash, some_hash)
     except ValueError as error:
         raise ValueError(
-            f"{plan.source.dataset}: no manifest can hold its label space ({error}); change "
+            f"{plan.source.dataset}: a manifest cannot hold its label space ({error}); change "
             f"--classes"
         ) from error
     items = plan.source.items
     longest = max(items, key=lambda item: len(item.key))
     if (letters := len(longest.key)) > KEY_BYTES:
         raise ValueError(
-            f"{where(plan.source.root, longest)} would have a key of {letters:,} letters, at most "
-            f"{KEY_BYTES:,} are read; shorten the names of the file and its folders"
+            f"{where(plan.source.root, longest)} would have a key of {letters:,} letters, more "
+            f"than the limit of {KEY_BYTES:,}; shorten the names of the file and its folders"
         )
+    # every key takes as much space as the longest
     if len(items) * (ROW_BYTES + letters) > INDEX_BYTES:
         raise ValueError(
             f"the index of {len(items):,} images with keys of up to {letters:,} letters would have "
-            f"more than the {INDEX_BYTES:,} bytes that are read; make several sets of them"
+            f"more than the limit of {INDEX_BYTES:,} bytes; split them into several sets"
         )
 
 
 def side_files(manifest: Manifest) -> dict[str, str]:
-    """Return the files that let timm, open_clip and CLIP_benchmark read the shards."""
+    """Make the files with which timm, open_clip and CLIP_benchmark read the shards."""
     names = [shard.name for shard in manifest.shards]
     lengths = [shard.samples for shard in manifest.shards]
-    # the names of splits in timm's own sets
+    # the names that timm's own sets give their splits
     split = "train" if manifest.dataset.split("-")[-1] == "train" else "validation"
     info = {
         "name": split,
@@ -431,10 +434,10 @@ def side_files(manifest: Manifest) -> dict[str, str]:
 
 
 def parse_task(text: str) -> tuple[int, int]:
-    """Return (I, N) of `I/N`.
+    """Parse `I/N` into (I, N).
 
     Raises:
-        ValueError: if it is not of that form, or I is not one of 0 ... N-1.
+        ValueError: if it is malformed, or I is not one of 0 ... N-1.
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
@@ -443,9 +446,9 @@ def parse_task(text: str) -> tuple[int, int]:
 
 
 def _check(options: Options) -> tuple[int, int]:
-    """Return the task (I, N), or raise for options that contradict each other."""
+    """Parse the task (I, N), and raise for contradictory options."""
     if options.finalize and options.task is not None:
-        raise ValueError("--finalize writes no shards, so it goes without --task")
+        raise ValueError("--finalize writes no shards; leave out --task")
     return parse_task("0/1" if options.task is None else options.task)
 
 
@@ -454,7 +457,7 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
     if MANIFEST not in sizes or INDEX not in sizes:
         return False
     manifest = Manifest.load(url)
-    # sets of older versions have none, and stay as they are
+    # sets of older versions have none, and are kept unchanged
     if manifest.samples_sha256 is not None and SAMPLES not in sizes:
         return False
     if (
@@ -467,7 +470,7 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
     if manifest.quarantined > max_bad:
         raise ValueError(
             f"{url} is packed without {manifest.quarantined} images, --max-bad allows {max_bad}; "
-            f"allow as many, or repair them ({QUARANTINE}), delete that folder and pack again"
+            f"raise it, or repair them ({QUARANTINE}), delete that folder and pack again"
         )
     listed = f" ({manifest.quarantined} left out: {files.join(url, QUARANTINE)})"
     left_out = listed if manifest.quarantined else ""
@@ -476,13 +479,13 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
 
 
 def _commits(jobs: Sequence[ShardJob]) -> list[Commit | None]:
-    """Return the jobs' records; None without a valid one, or if the tar is gone or has changed."""
+    """Read the jobs' records; None if it is not valid, or if the tar is absent or has changed."""
     if not jobs:
         return []
     sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, COMMITS))
 
     def find(job: ShardJob) -> Commit | None:
-        # most are absent in a first run: a listing costs less than asking for each
+        # most are absent in a first run: one listing costs less than a request for each
         if job.commit_url.rsplit("/", 1)[-1] not in records:
             return None
         commit = Commit.load(job)
@@ -493,29 +496,30 @@ def _commits(jobs: Sequence[ShardJob]) -> list[Commit | None]:
 
 
 def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max_bad: int) -> None:
-    """Write the shards, in this process or in several; the first error stops it."""
+    """Write the shards in one or several processes; the first error stops all."""
     bad: list[Quarantined] = []
     with progress(title, "samples", sum(len(job.items) for job in jobs)) as advance:
 
         def done(_: int, commit: Commit) -> None:
             advance(commit.shard.samples + len(commit.quarantined), commit.shard.bytes)
             bad.extend(commit.quarantined)
-            if len(bad) > max_bad:  # no need to wait for the end to find out
+            if len(bad) > max_bad:  # fails immediately rather than at the end
                 raise too_many(bad, max_bad)
 
         each_done(write_shard, jobs, workers, done)
 
 
 def _remove_temporaries(url: str) -> None:
-    """Delete what killed runs left.
+    """Delete temporary files of killed runs.
 
-    Of shards and records all, because every one is committed and none is needed; of index, side
-    files and manifest only unlocked ones: a second run of this task may be writing the others.
+    Those of shards and records are all deleted: every shard is committed, so none is needed. Those
+    of index, side files and manifest only if unlocked: a second run of this task may be writing
+    them.
     """
     for folder in (url, files.join(url, COMMITS)):
         for name in file_sizes(folder):
             if files.TEMPORARY.fullmatch(name) and re.match(r"\.[0-9]{6,}\.", name):
                 files.remove(files.join(folder, name))
     fs, path = files.open_store(url)
-    if isinstance(fs, LocalFileSystem):  # a store has none: objects appear whole
+    if isinstance(fs, LocalFileSystem):  # remote stores have none: objects appear complete
         files.remove_abandoned(Path(path))

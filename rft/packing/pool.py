@@ -1,8 +1,8 @@
-"""The same work on many shards, in several processes, with progress.
+"""Runs the same work on many shards in several processes, with progress.
 
-Parsing tar headers holds Python's lock, so threads would not help. What the standard library's pool
-lacks is added here: Ctrl-C reaches only the parent and does not wait for a shard to end, workers
-never outlive it, and a killed worker is an error of one line.
+Parsing tar headers holds Python's lock, so threads would not help. This module adds what the
+standard library's pool lacks: Ctrl-C reaches only the parent and does not wait for a shard to
+finish, workers never outlive the parent, and a killed worker is a one-line error.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 def for_each(
     title: str, work: Callable[[Task], Result], jobs: Sequence[Task], workers: int | None
 ) -> list[Result]:
-    """Return `work(job)` for every job, in order, showing progress; see `each_done`."""
+    """Collect `work(job)` of every job, in order, and show progress; see `each_done`."""
     results = {}
     with progress(title, "shards", len(jobs)) as advance:
 
@@ -43,25 +43,26 @@ def each_done(
     workers: int | None,
     done: Callable[[int, Result], None],
 ) -> None:
-    """Call `done` with the number of a job and `work(job)`, as they end; the first error stops all.
+    """Call `done(number, work(job))` as each job finishes; the first error stops all.
 
-    `workers` is the number of processes; None is one for each core. Work, jobs and results travel
-    between processes unless one worker is enough. Ctrl-C and SIGTERM end work in the middle; what
-    it has of `finally` and context managers is still done.
+    `workers` is the number of processes; None is one per core. Work, jobs and results are pickled
+    unless one worker is enough. Ctrl-C and SIGTERM interrupt the work; its `finally` clauses and
+    context managers still run.
 
     Raises:
-        ValueError: if a worker process is killed; and whatever `work` or `done` raises.
+        ValueError: if a worker process is killed.
+        Exception: any error of `work` or `done`.
     """
     count = min(workers or cpus.available(), len(jobs))
     if count <= 1:
         for number, job in enumerate(jobs):
             done(number, work(job))
         return
-    # fork would copy locks that fsspec's or rich's threads may hold
+    # not fork: it would copy locks that threads of fsspec or rich may hold
     context = multiprocessing.get_context("forkserver")
-    # each worker runs the command's own file, which imports rft.cli: loaded once for all of them
+    # each worker runs the command's own file, which imports rft.cli: preloaded once for all
     context.set_forkserver_preload(["rft.cli", work.__module__])
-    # children that the caller has already are not ended here
+    # the caller's existing children are not terminated here
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
     try:
@@ -70,18 +71,18 @@ def each_done(
             for future in as_completed(futures):
                 done(futures[future], future.result())
         except Exception:
-            # jobs that workers have been given are waited for, all others are cancelled; here,
-            # where Ctrl-C is still heard
+            # waits for running jobs and cancels all others; in this block, where Ctrl-C is still
+            # handled
             pool.shutdown(cancel_futures=True)
             raise
     except KeyboardInterrupt:
-        # workers ignore Ctrl-C, and the pool would wait for the jobs they are at
+        # workers ignore Ctrl-C, and the pool would wait for their current jobs
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process was killed (out of memory?); run again with fewer --workers"
+            "a worker process was killed (out of memory?); rerun with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -90,7 +91,8 @@ def each_done(
 def _submit(
     pool: ProcessPoolExecutor, work: Callable[[Task], Result], jobs: Sequence[Task]
 ) -> dict[Future[Result], int]:
-    # the first submit starts processes, which inherit the blocked signal until they ignore it
+    # the first submit starts processes, which inherit the blocked signal until they set it to
+    # ignored
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return {pool.submit(_attempt, work, job): number for number, job in enumerate(jobs)}
@@ -99,14 +101,14 @@ def _submit(
 
 
 class _Ended(BaseException):
-    """A worker got SIGTERM while it worked."""
+    """A worker received SIGTERM during a job."""
 
 
 def _attempt(work: Callable[[Task], Result], job: Task) -> Result:
-    """Work; at SIGTERM clean up and leave. Between two jobs there is nothing to clean up."""
+    """Run a job; on SIGTERM clean up and exit. Between two jobs nothing needs to be cleaned up."""
 
     def end(*_: object) -> None:
-        # the pool sends it a second time when another worker has left: cleaning up continues
+        # the pool sends it a second time when another worker has exited: cleaning up continues
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Ended
 
@@ -115,24 +117,24 @@ def _attempt(work: Callable[[Task], Result], job: Task) -> Result:
             signal.signal(signal.SIGTERM, end)
             return work(job)
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `end` may still be called here
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `end` may still run here
     except _Ended:
-        # an exception would reach the parent as the job's result, and this worker would take more
+        # an exception would become the job's result, and this worker would accept more jobs
         os._exit(1)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and never outlive it: a killed parent cannot stop its workers."""
+    """Leave Ctrl-C to the parent, and exit with it: a killed parent cannot stop its workers."""
     log.setup(urls.redact)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # it is held back where the process's fork server is one that its loader started
+    # it may be blocked: a fork server started by the loader passes its signal mask on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def exit_with_parent() -> None:
         parent.join()
-        # sys.exit would end this thread alone
+        # sys.exit would end only this thread
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,8 +1,8 @@
-"""One shard of a packed set: a tar, and then the record that it is complete.
+"""One shard of a packed set: a tar, followed by a record that it is complete.
 
-A shard is one idempotent task. The tar (`NNNNNN.tar`) is a function of the job; the record
+A shard is one idempotent task. The job determines the tar (`NNNNNN.tar`). The record
 (`commit/NNNNNN.json`) is written after it and holds its size and hash, its rows of the index, the
-images that were left out, and statistics of the work, so the tar is never read again.
+images that were left out, and statistics, so the tar is never read again.
 """
 
 import json
@@ -28,16 +28,16 @@ from rft.shards.samples import source_hash
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
 
-NAMED_IN_ERRORS = 3  # images that cannot be read
-COMMIT_BYTES = 2**28  # three times the record of all of ImageNet in one shard
-COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 10 million
+NAMED_IN_ERRORS = 3  # unreadable images
+COMMIT_BYTES = 2**28  # three times the record of ImageNet in a single shard
+COMMIT_VALUES = 20_000_000  # ImageNet in a single shard has 10 million
 # printable ASCII without spaces
 Key = Annotated[str, Field(min_length=1, max_length=KEY_BYTES, pattern="^[\\x21-\\x7e]+$")]
 
 
 @document
 class Quarantined:
-    """An image that was left out: its path in the source, and what is wrong with it."""
+    """An image that was left out: its path in the source, and the reason."""
 
     path: Text
     reason: Text
@@ -56,7 +56,7 @@ class Columns:
     height: tuple[Annotated[Count, Field(lt=2**16)], ...]
     key: tuple[Key, ...]
     source: tuple[Annotated[int, Field(ge=0, lt=2**64)], ...] = ()
-    """Of `rft.shards.samples`; records of older versions have none."""
+    """The column of `rft.shards.samples`; records of older versions have none."""
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, name)) for name in COLUMNS}
@@ -66,10 +66,10 @@ class Columns:
 
 @document
 class Statistics:
-    """Statistics of packing a shard: its time, and what kinds of images it has.
+    """Statistics of packing a shard: the time it took, and the kinds of its images.
 
-    Of these, `turned` and `composed` are printed. The others are read by nothing, and stay: a
-    record without them would be refused by versions that know them, and the reverse.
+    Only `turned` and `composed` are used, for a log line. The others are kept because versions of
+    rft would otherwise refuse each other's records.
     """
 
     seconds: Annotated[float, Field(ge=0)]
@@ -101,7 +101,7 @@ class Commit:
         """Read the record of a job's shard.
 
         Raises:
-            ValueError: if it is absent or not one, saying what to do.
+            ValueError: with advice, if it is absent or invalid.
         """
         name = job.shard_url.rsplit("/", 1)[-1]
         try:
@@ -109,14 +109,14 @@ class Commit:
             if commit.shard.name != name:
                 raise ValueError(f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}")
         except ValueError as error:
-            raise ValueError(f"{error}; delete it and run the same command again") from error
+            raise ValueError(f"{error}; delete it and rerun the same command") from error
         return commit
 
     def finishes(self, job: "ShardJob", sizes: Mapping[str, int]) -> bool:
-        """Whether the job is done, by its record and the `sizes` of all tars.
+        """Whether the job is done, according to its record and the `sizes` of all tars.
 
-        A record of a shard that left out more images than are allowed now does not count: they may
-        have been repaired. Nor does one without `source`: the same bytes are written again.
+        A record with more left-out images than are now allowed does not count, because they may
+        have been repaired. Neither does one without `source`: the same bytes are written again.
         """
         return (
             self.plan_hash == job.plan_hash
@@ -128,7 +128,7 @@ class Commit:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """One shard to write: all that a worker process needs to know of the plan."""
+    """One shard to write: the part of the plan that a worker process needs."""
 
     root: Path
     out: str
@@ -142,26 +142,26 @@ class ShardJob:
 
     @property
     def shard_url(self) -> str:
-        """Where the tar goes."""
+        """URL of the tar."""
         return files.join(self.out, f"{self.number:06d}.tar")
 
     @property
     def commit_url(self) -> str:
-        """Where the record of the finished tar goes."""
+        """URL of the finished tar's record."""
         return files.join(self.out, COMMITS, f"{self.number:06d}.json")
 
 
 def write_shard(job: ShardJob) -> Commit:
-    """Write one tar and then its record, and return that; the same job always writes the same tar.
+    """Write one tar, then its record, which is returned. The same job always gives the same tar.
 
     Raises:
-        ValueError: if more than `job.max_bad` images cannot be read, or the folder was taken over
-            by another plan; neither tar nor commit appears then.
+        ValueError: if more than `job.max_bad` images cannot be read, or a different plan has taken
+            over the folder; then neither tar nor record appears.
     """
     try:
         return _write(job)
     except FileNotFoundError:
-        # the same task may run twice; the one that ends first completes the set and tidies up
+        # the same task may run twice: the first to finish completes the set and cleans up
         if files.exists(job.commit_url):
             commit = Commit.load(job)
             if commit.finishes(job, file_sizes(job.out)):
@@ -182,7 +182,7 @@ def _write(job: ShardJob) -> Commit:
                     encoded, source = read
                     row = write_sample(tar, item, job.classes[item.label], encoded)
                     rows.append({**row, "source": source})
-                    # without the payloads, which together are as large as the shard
+                    # without the payloads, which add up to the size of the shard
                     packed.append(encoded._replace(payload=b""))
         _require_plan(job)
     shard = Shard(
@@ -206,18 +206,18 @@ def _write(job: ShardJob) -> Commit:
         quarantined=tuple(bad),
         statistics=statistics,
     )
-    # after the tar has its name: a record never precedes what it describes
+    # after the tar has its final name: a record never precedes its tar
     files.write_bytes(job.commit_url, compact_json(asdict(commit)))
     return commit
 
 
 def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
-    """Return the error for more unreadable images than are allowed."""
+    """Make the error for more unreadable images than are allowed."""
     first = "; ".join(f"{entry.path} {entry.reason}" for entry in bad[:NAMED_IN_ERRORS])
     more = ", ..." if len(bad) > NAMED_IN_ERRORS else ""
     return ValueError(
-        f"{len(bad)} images cannot be read, --max-bad allows {allowed} ({first}{more}); get them "
-        f"again, or allow more: what is packed already stays"
+        f"{len(bad)} images cannot be read, --max-bad allows {allowed} ({first}{more}); replace "
+        f"them, or allow more: finished shards are kept"
     )
 
 
@@ -226,7 +226,7 @@ def write_sample(
 ) -> dict[str, Any]:
     """Append one sample's members to a tar and return its index row.
 
-    The class's name goes in as a caption: open_clip's training passes over samples without one.
+    The class name is stored as a caption, because open_clip's training skips samples without one.
     """
     header, payload = encoded.header, encoded.payload
     description = {
@@ -252,28 +252,28 @@ def write_sample(
 
 
 def file_sizes(url: str) -> dict[str, int]:
-    """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
-    # never a cached listing, because other tasks write here too
+    """List a folder's entries as name -> bytes, never cached; empty if the folder is absent."""
+    # not from a cache, because other tasks write here too
     entries = files.listing(url)
     return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
 
 def compact_json(document: Any) -> bytes:
-    """Return JSON with sorted keys and nothing to spare."""
+    """Encode as JSON with sorted keys and without white space."""
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> tuple[encode.Encoded, int] | None:
-    """Return an image's payload and the hash of its file.
+    """Encode an image, and hash its file.
 
-    None if it cannot be read; `bad` then has the reason.
+    None if it cannot be read; the reason is then added to `bad`.
     """
     name = where(job.root, item)
     try:
         require_affordable(item.bytes, name, job.max_pixels)
     except ValueError as error:
         return _leave_out(job, item, bad, error)
-    data = read_item(job.root, item)  # a file that cannot be opened at all is never left out
+    data = read_item(job.root, item)  # a file that cannot be opened is an error, never left out
     try:
         return encode.encode(data, name, job.encoding, job.max_pixels), source_hash(data)
     except ValueError as error:
@@ -281,22 +281,22 @@ def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> tuple[encode.E
 
 
 def _leave_out(job: ShardJob, item: Item, bad: list[Quarantined], error: ValueError) -> None:
-    """Note an image that cannot be packed, or refuse it as one more than may be left out."""
+    """Record an image that cannot be packed, or raise if it exceeds the limit."""
     if job.max_bad == 0:
         raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
-    # without the source's folder: records are the same wherever the source lies
+    # without the source's folder, so that records do not depend on its location
     reason = str(error).removeprefix(where(job.root, item)).strip()
     bad.append(Quarantined(path=item.path, reason=reason))
-    # of this shard alone; `rft.packing.pack` adds up those of all shards
+    # counts only this shard; `rft.packing.pack` adds up all shards
     if len(bad) > job.max_bad:
         raise too_many(bad, job.max_bad) from error
 
 
 def _require_plan(job: ShardJob) -> None:
-    """Check that the folder still belongs to the job's plan, before the tar gets its name there."""
+    """Check that the folder still belongs to the job's plan, before the tar gets its final name."""
     found = files.read_document(files.join(job.out, PLAN), dict)
     if files.sha256_json(found) != job.plan_hash:
         raise ValueError(
-            f"{job.out} was taken over by a run with another plan; choose another --out for one of "
-            f"the two"
+            f"{job.out} was taken over by a run with a different plan; choose another --out for "
+            f"one of the two"
         )

@@ -1,4 +1,4 @@
-"""A data set on disk, before it is packed: its images one by one, and how each is read."""
+"""A data set on disk, before packing: the list of its images, and how each is read."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from rft.storage import files, local
 
 
 class Found(NamedTuple):
-    """An image that a listing found; an item is this with a key and a label (see `Item`)."""
+    """An image found by a listing; an `Item` adds a key and a label."""
 
     path: str
     bytes: int
@@ -32,9 +32,9 @@ class Item:
     """One image to pack.
 
     `path` is class folder and file name with a forward slash; `key` names the sample in its tar;
-    `bytes` is the size of the image when it was listed. The bytes are the file `path` below the
-    source's root, or `bytes` bytes at `offset` of the file `inside` below the root. `domain` names
-    where or how it was taken, in a set that has domains.
+    `bytes` is the size of the image when it was listed. The image is the file `path` below the
+    source's root, or `bytes` bytes at `offset` of the file `inside` below the root. `domain`
+    describes where or how it was taken, in a set with domains.
     """
 
     key: str
@@ -48,14 +48,13 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set found on disk: its items, and how predictions on it are scored.
+    """A data set on disk: its items, and how predictions on it are scored.
 
     `groups` is the manifest's scoring rule (see `rft.shards.manifest.Manifest`); `crop_border` is
     the number of pixels to cut from each side before any resize. `photos` marks the user's own
-    photos, which are turned upright and composed on white (`rft.shards.images.PHOTOS`); benchmarks
-    are not.
-    `layout` says in words what was found, `links` which images lie elsewhere, if any do. `score`
-    and `ood` are declared for the manifest.
+    photos, which, unlike benchmarks, are turned upright and composed on white
+    (`rft.shards.images.PHOTOS`). `layout` describes the detected layout, `links` the links that
+    lead out of the source, if any. `score` and `ood` are declared for the manifest.
     """
 
     dataset: str
@@ -71,16 +70,16 @@ class Source:
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
-        """Names of the domains that images are in, sorted; empty for a set without."""
+        """Names of the images' domains, sorted; empty for a set without domains."""
         return tuple(sorted({item.domain for item in self.items} - {""}))
 
 
 def make_items(
     classes: Mapping[str, Iterable[Found]], class_of: Mapping[str, int]
 ) -> tuple[Item, ...]:
-    """Return the images of all classes as items, sorted by class folder and path.
+    """Turn the images of all classes into items, sorted by class folder and path.
 
-    `class_of` has the class ids by folder name, in Unicode's composed form.
+    `class_of` maps folder names, in Unicode's composed form, to class ids.
     """
     found = [
         (image, class_of[composed(name)])
@@ -95,14 +94,15 @@ def make_items(
 
 
 def read_item(root: Path, item: Item) -> bytes:
-    """Return the bytes of an image.
+    """Read the bytes of an image.
 
     Raises:
-        ValueError: if the file is not what it was when it was listed.
+        ValueError: if the file has changed in size since it was listed.
     """
-    # one byte more shows a file that has grown; at byte 0 of an archive is a header, no image
+    # one extra byte reveals a file that has grown; offset 0 means a file of its own, because an
+    # archive starts with a header
     wanted = item.bytes + (item.offset == 0)
-    # without a buffer, which would read on into the archive's next image
+    # unbuffered: a buffer would read ahead into the archive's next image
     with os.fdopen(local.open_regular(root / (item.inside or item.path)), "rb", 0) as stream:
         stream.seek(item.offset)
         data = stream.read(wanted)
@@ -115,7 +115,7 @@ def read_item(root: Path, item: Item) -> bytes:
 
 
 def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) -> None:
-    """Check that no set is written into a folder that is read, nor around one.
+    """Check that no output folder lies in an input folder, or contains one.
 
     Raises:
         ValueError: naming both folders.
@@ -128,11 +128,11 @@ def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) ->
     for folder, target in product(folders, targets):
         if is_below(target, folder) or is_below(folder, target):
             raise ValueError(
-                f"--out {out} would put shards into {target}, and the images are read from "
+                f"--out {out} would write shards into {target}, but the images are read from "
                 f"{folder}; choose an --out beside it"
             )
 
 
 def where(root: Path, item: Item) -> str:
-    """Return what to call an image in a message."""
+    """Name an image for a message."""
     return str(root / item.path) if item.inside is None else f"{root / item.inside}: {item.path}"

@@ -1,8 +1,8 @@
-"""A set that a table describes: a CSV with a row for each image, as WILDS has them.
+"""A set described by a table: a CSV with one row per image, as in WILDS.
 
-A row gives an image's file, its label, the split that it belongs to and its domain: the place or
-country where it was taken. Which columns these are is the user's to say. One split is packed as one
-set; the label space is that of all rows, so that the splits of a table have the same one.
+A row gives an image's file, its label, its split and its domain, such as the country where it was
+taken. Options name the columns. One split is packed as one set; the label space covers all rows, so
+that all splits of a table share it.
 """
 
 import csv
@@ -27,18 +27,18 @@ from rft.storage import local
 from rft.storage.documents import Name, document
 from rft.text import shown
 
-TABLE_BYTES = 2**30  # FMoW's, with the outline of each image, has some hundred MB
+TABLE_BYTES = 2**30  # FMoW's table, with the outline of each image, has some hundred MB
 LINE_LETTERS = 2**20
 COLUMN = re.compile(r"\{([^{}]+)\}")
-ROW = "row"  # what a pattern calls the number of a row, from 0, where the table has no such column
+ROW = "row"  # in a pattern: the number of a row, from 0, unless the table has such a column
 
 
 @document(name="--")
 class Table:
-    """Which columns of a CSV say what; a PATTERN has column names in braces."""
+    """The columns of a CSV to use; a pattern has column names in braces."""
 
     metadata: str = ""
-    """CSV file with a header line and a row for each image, which replaces class folders."""
+    """CSV file with a header line and one row per image, instead of class folders."""
     file: Name = "{filename}"
     """Pattern of an image's path below --source, with columns of --metadata in braces. {row} is the
     row's number from 0, as in FMoW's 'images/rgb_img_{row}.png'."""
@@ -53,7 +53,7 @@ class Table:
 
 
 class Row(NamedTuple):
-    """What the table says of one image."""
+    """The table's entry for one image."""
 
     line: int
     path: str
@@ -64,11 +64,11 @@ class Row(NamedTuple):
 def read_table(name: str, source: Path, table: Table, labels: LabelSpace | None) -> Listed:
     """List the images of one split of a table.
 
-    Without a label space the values of the label column are the classes: numbers in their order,
+    Without a label space the values of the label column are the classes: numbers in numeric order,
     texts sorted.
 
     Raises:
-        ValueError: naming file and line, if a column, a label, an image or the split is not there.
+        ValueError: naming file and line, if a column, a label, an image or the split is missing.
     """
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
@@ -80,7 +80,7 @@ def read_table(name: str, source: Path, table: Table, labels: LabelSpace | None)
         some = ", ".join(map(shown, sorted(splits)[:SHOWN]))
         raise ValueError(
             f"{table.metadata} has no row with {shown(table.split)} as its {table.split_column}; "
-            f"--split is one of {some or 'none: the table has no rows'}"
+            + (f"--split must be one of {some}" if some else "the table has no rows")
         )
     labels = labels or _name_values(values)
     links = Links(source)
@@ -89,7 +89,7 @@ def read_table(name: str, source: Path, table: Table, labels: LabelSpace | None)
         if composed(row.label) not in class_of:
             raise ValueError(
                 f"{table.metadata} line {row.line}: {table.label} is {shown(row.label)}, which is "
-                f"none of the {len(labels)} classes; add it to --classes"
+                f"not one of the {len(labels)} classes; add it to --classes"
             )
 
     def measure(row: Row) -> Found:
@@ -101,7 +101,7 @@ def read_table(name: str, source: Path, table: Table, labels: LabelSpace | None)
             ) from None
         return Found(row.path, size, domain=row.domain)
 
-    # asking is latency-bound on network file systems
+    # in threads: look-ups are latency-bound on network file systems
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         images = list(pool.map(measure, rows))
     classes: dict[str, list[Found]] = {}
@@ -119,11 +119,11 @@ def read_table(name: str, source: Path, table: Table, labels: LabelSpace | None)
 
 
 def _rows(path: Path, table: Table, values: set[str], splits: dict[str, int]) -> Iterator[Row]:
-    """Yield the rows of the split; collect the labels, and the number of rows, of all splits."""
+    """Yield the rows of the split; collect the labels and row counts of all splits."""
     with local.reader(path) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > TABLE_BYTES:
-            raise ValueError(f"{path} has {size:,} bytes, a table at most {TABLE_BYTES:,}")
-        # spreadsheets put a mark before the first column's name
+            raise ValueError(f"{path} has {size:,} bytes, more than the limit of {TABLE_BYTES:,}")
+        # utf-8-sig: spreadsheets write a byte order mark first
         text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
         lines = csv.reader(_lines(text, path), strict=True)
         try:
@@ -133,7 +133,7 @@ def _rows(path: Path, table: Table, values: set[str], splits: dict[str, int]) ->
                 where = f"{path} line {lines.line_num}"
                 if len(cells) != len(header):
                     raise ValueError(
-                        f"{where} has {len(cells)} cells, the header {len(header)} columns"
+                        f"{where} has {len(cells)} cells, but the header has {len(header)} columns"
                     )
                 row = {ROW: str(number), **dict(zip(header, cells, strict=True))}
                 split = row[table.split_column] if table.split_column else ""
@@ -144,13 +144,13 @@ def _rows(path: Path, table: Table, values: set[str], splits: dict[str, int]) ->
                 if split == table.split:
                     yield _row(where, lines.line_num, row, table)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it so") from error
+            raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
         except csv.Error as error:
             raise ValueError(f"{path} line {lines.line_num} cannot be read: {error}") from error
 
 
 def _lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    # a stranger's file may be one line
+    # bounded: an untrusted file may be one long line
     for line in iter(partial(text.readline, LINE_LETTERS), ""):
         if len(line) == LINE_LETTERS:
             raise ValueError(f"{path} has a line of {LINE_LETTERS:,} letters or more")
@@ -160,7 +160,8 @@ def _lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
 def _require_columns(path: Path, header: list[str], table: Table) -> None:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise ValueError(f"{path} has two columns called {shown(twice)}")
+        raise ValueError(f"{path} has two columns named {shown(twice)}")
+    # ROW counts rows, and needs no column
     wanted = {
         "--label": [table.label],
         "--split-column": [table.split_column] if table.split_column else [],
@@ -174,6 +175,8 @@ def _require_columns(path: Path, header: list[str], table: Table) -> None:
                 raise ValueError(
                     f"{path} has no column {shown(column)}, which {option} names; it has {some}"
                 )
+    # a pattern without a column would be the same for every image: most likely the braces are
+    # missing
     for option, pattern in (("--file", table.file), ("--domain", table.domain)):
         if pattern and not COLUMN.search(pattern):
             raise ValueError(
@@ -181,20 +184,20 @@ def _require_columns(path: Path, header: list[str], table: Table) -> None:
             )
     if table.split_column and not table.split:
         raise ValueError(
-            f"--split names the rows of {path} to pack by their {table.split_column}, such as "
-            f"test; --split-column '' packs all"
+            f"{path} has a column {table.split_column}: choose the rows to pack with --split, such "
+            f"as test; --split-column '' packs all"
         )
 
 
 def _row(where: str, line: int, row: Mapping[str, str], table: Table) -> Row:
-    """Return one row of the split; raise where it cannot be an image's."""
+    """Read one row of the split; raise if it cannot describe an image."""
     path, domain = _filled(table.file, row), _filled(table.domain, row)
     parts = PurePosixPath(path).parts
-    # a table of a stranger could lead to any file of this machine
+    # an untrusted table could otherwise name any local file
     if path.startswith("/") or ".." in parts or "\0" in path or not parts:
-        raise ValueError(f"{where}: {shown(path)} is no path below --source")
+        raise ValueError(f"{where}: {shown(path)} is not a path below --source")
     if not has_image_suffix(path):
-        raise ValueError(f"{where}: {shown(path)} is no JPEG, PNG or WebP by its name")
+        raise ValueError(f"{where}: {shown(path)} does not have a suffix of JPEG, PNG or WebP")
     require_utf8(path)
     if not row[table.label].strip():
         raise ValueError(f"{where} has no label in column {shown(table.label)}")
@@ -206,12 +209,12 @@ def _row(where: str, line: int, row: Mapping[str, str], table: Table) -> Row:
 
 
 def _filled(pattern: str, row: Mapping[str, str]) -> str:
-    """Put a row's cells into a pattern; what a cell holds is no pattern."""
+    """Fill a pattern with a row's cells; braces inside a cell are not expanded."""
     return COLUMN.sub(lambda match: row[match[1]], pattern)
 
 
 def _name_values(values: set[str]) -> LabelSpace:
-    """Make a label space of the values of the label column."""
+    """Make a label space from the values of the label column."""
     named = name_classes(values)
     if all(re.fullmatch("[0-9]{1,18}", one) for one in named.ids):
         # as text, class 10 would come before class 2

@@ -1,9 +1,9 @@
-"""Holding a packed or indexed set against its manifest; every difference found is one line.
+"""Checks a packed or indexed set against its manifest; every difference is reported on one line.
 
-The quick check reads manifest and index and asks for the size of every shard. The deep check reads
-every byte: the sha256 of each shard, its tar headers, and each payload, which must be a member of
-the key and place that the index names, have its crc32 and label, and decode. One problem never
-hides another: the check continues.
+The quick check reads manifest and index and queries the size of every shard. The deep check reads
+every byte: the sha256 of each shard, its tar headers, and each payload, which must be a member with
+the key and position in the index, have its crc32 and label, and decode. The check continues after a
+problem, so that none hides another.
 """
 
 import math
@@ -40,7 +40,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is not as it should be; `offset` is a byte of the shard."""
+    """One fault of a set; `offset` is a byte of the shard."""
 
     what: str
     shard: str = ""
@@ -56,7 +56,7 @@ class Problem:
 
 @dataclass(kw_only=True)
 class Report:
-    """What was found; `per_class` is the number of samples of each class id."""
+    """The result of a check; `per_class` is the number of samples of each class id."""
 
     url: str
     deep: bool
@@ -69,22 +69,22 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document that `--report` writes."""
+        """Build the document that `--report` writes."""
         document = asdict(self) | {"schema": SCHEMA, "ok": not self.problems}
         counted = ("shards", "samples", "bytes", "per_class")
         return document | {"counts": {name: document.pop(name) for name in counted}}
 
     def add(self, what: str, shard: str = "") -> None:
-        """Note a problem of the set or of a shard."""
+        """Record a problem of the set or of a shard."""
         self.problems.append(Problem(what=what, shard=shard))
 
 
 @document(config=FOREIGN)
 class RecordedPlan:
-    """What plan.json says of how labels are read.
+    """The part of plan.json that determines how labels are read.
 
-    Only the plan of third-party shards has `shards`, whatever version wrote it: a packer's has no
-    more than data set, encoding and label space.
+    Only plans of third-party shards have `shards`, in all versions; a packer's plan has only data
+    set, encoding and label space of these fields.
     """
 
     shards: Name | None = None
@@ -100,7 +100,7 @@ class RecordedPlan:
 
 
 class Row(NamedTuple):
-    """A row of the index, as Python's own values (`rft.shards.index.Index`)."""
+    """A row of the index as Python values (see `rft.shards.index.Index`)."""
 
     offset: int
     length: int
@@ -113,11 +113,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What the deep check of a shard needs: its rows of the index, and how its labels are read.
+    """Input for the deep check of a shard: its rows of the index, and how its labels are read.
 
-    `size` is what the store says, in bytes. `index` has the rows of this shard alone, and `source`
-    the same rows of that column of samples.npz, which older sets lack. `ids_known` is whether the
-    rule has the classes' ids: older manifests lack them.
+    `size` is the size that the store reports, in bytes. `index` has only the rows of this shard,
+    and `source` the same rows of samples.npz, which older sets lack. `ids_known` is whether the
+    rule has the classes' ids, which older manifests lack.
     """
 
     shard: Shard
@@ -131,7 +131,7 @@ class Check:
 
 
 def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX_PIXELS) -> Report:
-    """Check the set at `url`; see the module's text. `workers` None is one for each core."""
+    """Check the set at `url`, as the module describes. `workers` None is one per core."""
     report = Report(url=url, deep=deep)
     try:
         manifest = Manifest.load(url)
@@ -161,7 +161,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
     names = {shard.sha256: shard.name for shard in manifest.shards}
     found = for_each("shards", check_shard, checks, workers)
     for check, (sha256, problems) in zip(checks, found, strict=True):
-        # shards in each other's place give one line each, not one for every sample
+        # swapped shards give one line each, not one for every sample
         if sha256 != check.shard.sha256 and sha256 in names:
             report.add(f"holds the bytes of {names[sha256]}", check.shard.name)
         else:
@@ -170,7 +170,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
 
 
 def _read_samples(url: str, manifest: Manifest, report: Report) -> Samples | None:
-    if manifest.samples_sha256 is None:  # of an older version
+    if manifest.samples_sha256 is None:  # a set of an older version
         return None
     try:
         return Samples.load(url, manifest)
@@ -192,7 +192,7 @@ def _check_quarantine(url: str, manifest: Manifest, report: Report) -> None:
 
 
 def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
-    """Yield the rows of an index that cannot be right, whatever the shards hold."""
+    """Yield the rows of an index that are invalid whatever the shards hold."""
     unusable = list(index.unusable(manifest))
     start = 0
     for shard in manifest.shards:
@@ -209,14 +209,14 @@ def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
 
 
 def _within(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the rows of one shard among ascending ones of the whole set."""
-    # no row, in a shard of which every image was left out, finds none
+    """Select the rows of one shard from ascending rows of the entire set."""
+    # a shard of which every image was left out has no rows, and selects none
     first, last = (rows[0], rows[-1]) if len(rows) else (0, -1)
     return found[np.searchsorted(found, first) : np.searchsorted(found, last, side="right")]
 
 
 def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
-    """Return the rows of one shard that share a key or cannot lie where they do."""
+    """Find the rows of one shard with a repeated key or an impossible position."""
     rows = rows[np.argsort(index.offset[rows], kind="stable")]
     # as floats, because a damaged uint64 would wrap around
     starts = index.offset[rows].astype(np.float64)
@@ -226,7 +226,7 @@ def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
     empty = (index.width[rows] == 0) | (index.height[rows] == 0)
     _, first = np.unique(index.key[rows], return_index=True)
     return [
-        (rows[~aligned], "no payload of a tar can start here"),
+        (rows[~aligned], "a payload of a tar cannot start here"),
         (rows[empty], "its image has no pixels: width or height is 0"),
         # between two payloads lies at least the header block of the second
         (rows[1:][starts[1:] < ends[:-1] + tar.BLOCK], "overlaps the sample before it"),
@@ -235,17 +235,17 @@ def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
 
 
 def check_shard(check: Check) -> tuple[str, list[Problem]]:
-    """Read all of a shard; return its sha256 and every problem that was found."""
+    """Read all of a shard; return its sha256 and all problems."""
     try:
         with open_whole(check.place, check.size) as (stream, sha256):
             return sha256, list(_check_bytes(stream, sha256, check))
     except (ValueError, OSError) as error:
-        # one problem more, because the other shards are still to be checked
+        # a problem, not an error: the other shards must still be checked
         return "", [Problem(shard=check.shard.name, what=str(error))]
 
 
 def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Problem]:
-    """Yield every difference between a whole shard and its rows of the index, if there is one."""
+    """Yield every difference between a shard's bytes and its rows of the index, if it has one."""
     name = check.shard.name
     if sha256 != check.shard.sha256:
         what = f"sha256 is {sha256[:16]}..., the manifest says {check.shard.sha256[:16]}..."
@@ -258,7 +258,7 @@ def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Probl
     sources = [None] * len(rows) if check.source is None else check.source.tolist()
     for row, source in zip(rows, sources, strict=True):
         differences = [*_check_payload(stream, row, source, check)]
-        # behind a damaged header no member is known, which would be a problem of every row
+        # after a damaged header no member is known, which would be a problem of every row
         if row.offset < end:
             differences += _check_members(stream, members.get(row.key, {}), row, check)
         for what in differences:
@@ -266,23 +266,23 @@ def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Probl
     for key in sorted(members.keys() - {row.key for row in rows}):
         first = next(iter(members[key].values()))
         names = ", ".join(member.name for member in members[key].values())
-        what = f"the index knows nothing of {names}"
+        what = f"the index does not list {names}"
         yield Problem(shard=name, key=key, offset=first.offset, what=what)
 
 
 def _walk(
     stream: IO[bytes], shard: str, members: dict[str, dict[str, tar.Member]]
 ) -> Generator[Problem, None, float]:
-    """Collect the members of a tar by key and suffix; return the byte where it is damaged."""
+    """Collect the members of a tar by key and suffix; return the byte where damage starts."""
     end = 0
     try:
         for member in tar.walk(stream, "the tar"):
             end = member.offset + member.size
             if (split := split_name(member.name)) is None:
-                continue
+                continue  # readers of the tar skip it too
             key, suffix = split
             if suffix in members.setdefault(key, {}):
-                what = f"a second member is called {member.name!r}"
+                what = f"a second member is named {member.name!r}"
                 yield Problem(shard=shard, key=key, offset=member.offset, what=what)
             members[key][suffix] = member
     except ValueError as error:
@@ -294,7 +294,7 @@ def _walk(
 def _check_members(
     stream: IO[bytes], found: dict[str, tar.Member], row: Row, check: Check
 ) -> Iterator[str]:
-    """Yield what is wrong with the members of one row's key."""
+    """Yield the faults of the members of one row's key."""
     suffixes = frozenset({"npy"}) if payload_of(check.encoding).is_array else IMAGE_SUFFIXES
     is_payload = False
     for suffix, member in found.items():
@@ -302,12 +302,13 @@ def _check_members(
             continue
         if suffix in suffixes and (member.offset, member.size) == (row.offset, row.length):
             is_payload = True
+        # a second image of the key, or the payload at a position that the index does not have
         elif suffix in suffixes:
-            yield f"{member.name} lies at {member.offset:,} and has {member.size:,} bytes"
+            yield f"{member.name} is at byte {member.offset:,} and has {member.size:,} bytes"
         elif suffix not in OTHER_SUFFIXES:
-            yield f"the index knows nothing of {member.name}"
+            yield f"the index does not list {member.name}"
     if not is_payload:
-        yield f"no member of this key with {row.length:,} bytes lies here"
+        yield f"no member of this key with {row.length:,} bytes is here"
     yield from _check_label(stream, found, row.label, check)
 
 
@@ -316,46 +317,46 @@ def _check_label(
 ) -> Iterator[str]:
     suffix = check.rule.label_suffix
     if suffix not in found:
-        yield f"there is no .{suffix} with a label"
+        yield f"it has no .{suffix} with a label"
         return
     here = f"its .{suffix}"
     try:
         data = read_text(stream, found[suffix], here)
         said = parse_label(data, here, check.rule)
         if not check.ids_known and not POSITION.fullmatch(str(said)):
-            return  # it may be one of the ids that the manifest does not hold
+            return  # it may be an id that the manifest lacks
         if resolve_label(said, here, check.rule) != label:
-            yield f"{here} says {str(said)[:40]!r}, the index has class {label}"
+            yield f"{here} has {str(said)[:40]!r}, the index has class {label}"
     except ValueError as error:
         yield str(error)
 
 
 def _check_payload(stream: IO[bytes], row: Row, source: int | None, check: Check) -> Iterator[str]:
-    """Yield what is wrong with the bytes of one row; `source` is its hash, if it has one."""
+    """Yield the faults of the bytes of one row; `source` is its hash, if it has one."""
     encoding, max_pixels = check.encoding, check.rule.max_pixels
     payload = payload_of(encoding)
-    # not read and counted: what is read is allocated first
+    # computed without reading, which would first allocate the claimed length
     there = min(max(stream.seek(0, os.SEEK_END) - row.offset, 0), row.length)
     if there != row.length:
-        yield f"cut off: {there:,} of {row.length:,} bytes are there"
+        yield f"truncated: {there:,} of {row.length:,} bytes exist"
         return
     try:
         require_affordable(row.length, "the payload", max_pixels)
         stream.seek(row.offset)
         data = stream.read(row.length)
         if zlib.crc32(data) != row.crc32:
-            yield "damaged bytes: they do not have the crc32 of the index"
+            yield "damaged bytes: their crc32 differs from the index"
         elif payload.is_array:
             header = npy_header(encoding["size"])
             if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
-                yield "the payload is no array of pixels of the set's size"
+                yield "the payload is not an array of pixels of the set's size"
         else:
             image = load_image(data, "the payload", payload.treatment, max_pixels)
             side = encoding.get("size")
             size = (row.width, row.height) if payload.is_source else (side, side)
             if image.size != size:
                 yield f"the image has {image.size} pixels, not {size}"
-            # a payload of another encoding is not the file that was hashed
+            # only payloads of `original` are the files that were hashed
             if payload.is_source and source not in (None, source_hash(data)):
                 yield "its hash in samples.npz is of a different image"
     except ValueError as error:
@@ -363,14 +364,14 @@ def _check_payload(stream: IO[bytes], row: Row, source: int | None, check: Check
 
 
 def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
-    """Return plan.json, or nothing where it is gone, which readers do not mind."""
+    """Read plan.json; empty if it is absent, which readers do not need."""
     path = files.join(url, PLAN)
     try:
         data = files.find_bytes(path)
         if data is None:
             return RecordedPlan()
         if files.sha256_json(documents.parse(data, path)) != manifest.plan_hash:
-            raise ValueError("plan.json is not the plan that the manifest names")
+            raise ValueError("plan.json does not have the hash in the manifest")
         plan = documents.decode(data, RecordedPlan, path)
     except ValueError as error:
         report.add(str(error))
@@ -381,18 +382,18 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
     )
     # the plan's hash covers ids, which older manifests lack
     if manifest.class_ids and plan.labels not in (None, scoring):
-        report.add(f"its classes, prompts or groups are not those of plan.json: {edited}")
-    # a reader would treat or crop the images in another way than the packer meant
+        report.add(f"its classes, prompts or groups differ from plan.json: {edited}")
+    # readers would treat or crop the images differently from the packer
     if plan.encoding not in (None, manifest.encoding):
         differs = _difference(manifest.encoding, plan.encoding)
-        report.add(f"its encoding is not that of plan.json ({differs}): {edited}")
+        report.add(f"its encoding differs from plan.json ({differs}): {edited}")
     if plan.dataset not in (None, manifest.dataset):
         report.add(
-            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan.dataset!r}: {edited}"
+            f"its dataset is {manifest.dataset!r}, but {plan.dataset!r} in plan.json: {edited}"
         )
     found, planned = declared(manifest.score, ood=manifest.ood), declared(plan.score, ood=plan.ood)
     if found != planned:
-        report.add(f"its score or ood ({found}) is not that of plan.json ({planned}): {edited}")
+        report.add(f"its score or ood ({found}) differs from plan.json ({planned}): {edited}")
     local = plan.local_labels
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.add(f"local_labels of plan.json: {fault}")
@@ -401,7 +402,7 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
 
 
 def _difference(encoding: dict[str, Any], planned: dict[str, Any]) -> str:
-    """Name the first key of an encoding that differs from the plan's, with both values."""
+    """Describe the first key of an encoding that differs from the plan's, with both values."""
     for key in sorted(encoding.keys() | planned.keys()):
         here, there = (space.get(key, "absent") for space in (encoding, planned))
         if here != there:
@@ -417,14 +418,14 @@ def _check_sizes(
     max_pixels: float,
     report: Report,
 ) -> list[Check]:
-    """Note shards that are absent or have another size; return what to read of the others."""
+    """Report shards that are absent or have a different size; return the checks of the others."""
     note_other_stores(report.url, manifest)
     places = [files.resolve(report.url, shard.name) for shard in manifest.shards]
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(_size_or_reason, places))
     rule = Rule(
-        # no LabelSpace, which refuses what older versions packed: a single class, names without
-        # words
+        # not a LabelSpace, which refuses some sets of older versions: with a single class, or with
+        # names without words
         labels=Classes(
             ids=tuple(map(composed, manifest.class_ids)),
             names=tuple(map(composed, manifest.classes)),
@@ -432,7 +433,7 @@ def _check_sizes(
         groups=manifest.groups,
         local=plan.local_labels,
         label_field=plan.label_field,
-        # as the packer writes them
+        # packers write positions
         labels_are=plan.labels_are if plan.shards else "positions",
         ignore=frozenset(plan.ignore),
         max_pixels=max_pixels,

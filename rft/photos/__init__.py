@@ -1,1 +1,1 @@
-"""From a folder of photos to a report and a model that can be used: every stage, by one command."""
+"""Turns a folder of photos into a report and a usable model: all stages in one command."""

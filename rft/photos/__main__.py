@@ -1,4 +1,4 @@
-"""`python -m rft.photos`: see rft/photos/command.py."""
+"""Entry point of `python -m rft.photos`: see rft/photos/command.py."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""`rft photos FOLDER --out OUT`: from photos to a report and a model, by one command."""
+"""`rft photos FOLDER --out OUT`: from photos to a report and a model in one command."""
 
 import itertools
 import logging
@@ -33,7 +33,7 @@ from rft.storage.documents import Epochs, Part, Seed, Whole, document
 from rft.text import printable
 from rft.train.rate import about
 
-# what the stages import; the modules of their commands come by name
+# modules that the stages load by name, imported once before they are forked
 MODULES = (
     "rft.packing.commands.folder",
     "rft.train.command",
@@ -44,11 +44,11 @@ MODULES = (
     "rft.report.command",
     "rft.convert.command",
 )
-GLUE = "\0"  # in no name of a folder
+GLUE = "\0"  # cannot occur in a folder's name
 LISTED = 30  # classes whose counts are printed
 YOURS = "NEW_PHOTOS"
-UNBALANCED = 20  # times as many photos in one class as in another are worth a word
-FEW = 5  # photos of a class to train on, likewise
+UNBALANCED = 20  # times as many photos in the largest class as in the smallest: printed as a note
+FEW = 5  # photos of a class to train on; fewer are printed as a note
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class Arguments:
 
     Packs the photos, trains zero-shot (nothing), vanilla and object-mask-single-fill, averages both
     with the pre-trained model (WiSE-FT), chooses among the five by images held out of training,
-    evaluates them on a part that no training sees, writes a report, and exports the chosen one for
-    open_clip. The photos are only read. The same command again does what is missing. Every stage is
-    a command that is printed and can be run by hand.
+    evaluates them on a test part that no training sees, writes a report, and exports the chosen one
+    for open_clip. The photos are only read. Rerunning the command does only the missing stages.
+    Every stage is a printed command that can also be run by hand.
 
     Example:
     rft photos holiday --out holiday-rft
@@ -70,36 +70,36 @@ class Arguments:
     folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FOLDER")] = None
     """Folder that holds the class folders, or train/ and test/ with these in them."""
     out: Path = Path("rft-photos")
-    """Folder for everything that is made."""
+    """Output folder."""
     clip: Annotated[str, tyro.conf.arg(name="model.clip")] = ModelConfig.clip
     """The CLIP: an open_clip model name, or local-dir:PATH for a folder in open_clip's layout."""
     pretrained: Annotated[str, tyro.conf.arg(name="model.pretrained")] = ModelConfig.pretrained
     """Its open_clip weights tag, or a weights file."""
     classes: str | None = None
-    """JSON file that says what the class folders show: {"ids": [folder names], "names": [words for
-    the text encoder], "templates": ["a photo of a {c}.", ...]}; without it the folder names."""
+    """JSON file that describes the class folders: {"ids": [folder names], "names": [words for the
+    text encoder], "templates": ["a photo of a {c}.", ...]}; None uses the folder names."""
     epochs: Epochs | None = None
-    """Epochs of each training; the recipes' ten if not given."""
+    """Epochs of each training; None is the recipes' ten."""
     seed: Seed = 0
-    """Seed of the trainings."""
+    """Training seed."""
     test_share: Part = 0.2
-    """Share of each class that is the test part, where the folder has none."""
+    """Share of each class that becomes the test part, if the folder has none."""
     split_seed: Seed = 0
-    """Seed of that choice."""
+    """Seed of the choice of the test part."""
     ignore: Annotated[Patterns, tyro.conf.arg(metavar="NAME...")] = ()
-    """Names of files and folders to pass over, such as '*.heic' '*.mov', in any case of letters."""
+    """Names of files and folders to skip, such as '*.heic' '*.mov', in upper or lower case."""
     max_bad: Whole = 0
     """How many photos may be left out because they cannot be decoded."""
     device: Device = "auto"
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print what was found, the stages and about how long each takes, and start nothing."""
+    """Print a summary of the photos and the stages with estimated times, without running them."""
     example: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Try it without photos and without a download: draws 304 photos of the miniature world into
-    OUT/photos and takes the tiny CLIP that comes with rft."""
+    """Try the command without photos and without a download: draws 304 photos of the miniature
+    world into OUT/photos and uses the tiny CLIP that comes with rft."""
 
 
 def main() -> None:
-    """Parse, look, print the plan, run its stages."""
+    """Parse, read the photos, print the plan, run its stages."""
     arguments = cli.parse(Arguments, prog="rft.photos")
     began = time.perf_counter()
     _require_folder(arguments.out)
@@ -121,20 +121,20 @@ def main() -> None:
         log.warning("--epochs 0 trains nothing: every model stays the pre-trained one")
     held_out = first.loader.held_out
     before = _before(task, held_out)
-    # once for all stages; not before, as a mistake above is known without it
+    # once for all stages, and after the checks above, which do not need these imports
     stages.load(MODULES)
     if task.clip == MINIATURE:
-        # its tensors are tiny: two threads wait for each other, on a busy machine for most of the
+        # its tensors are tiny: threads would wait for each other, on a busy machine most of the
         # time
         torch.set_num_threads(1)
     known = task.choice.exists() or not held_out
     coming = [*before, *plan.end(task, _chosen(task, held_out) if known else task.run(ZERO_SHOT))]
     done = {stage.name for stage in coming if plan.is_done(task, stage)}
     times: dict[str, float] = {}
-    how = "all but the last are done already"
-    if len(done) < len(coming) - 1:  # the report is made by every call
+    how = "all but the last are already done"
+    if len(done) < len(coming) - 1:  # every call makes the report
         times = plan.seconds(sizes(photos, first), _rates(task, configs, photos))
-        how = "by rates measured on this machine just now"
+        how = "with times estimated from rates just measured on this machine"
     print(f"\nstages, {how}:")
     print("\n".join(plan.table(times, coming, done)), flush=True)
     if not held_out:
@@ -147,7 +147,7 @@ def main() -> None:
     run(pack)
     size = _packed(task)
     if held_out and not training(task, plan.OURS, size).loader.held_out:
-        # photos that cannot be decoded are known only now
+        # only packing reveals which photos cannot be decoded
         print("\n".join(without_held_out(first, size)), flush=True)
         held_out = 0
     for stage in _before(task, held_out)[1:]:
@@ -159,33 +159,32 @@ def main() -> None:
 
 
 def _same_command(*more: str, label: str = "") -> str:
-    """Return this command as it was typed, with more options, to be pasted."""
+    """Format this command as it was typed, with further options, for pasting."""
     line = cli.next_step(["-m", "rft.photos", *sys.argv[1:], *more], label=label)
     return line if label else line.removeprefix(": ")
 
 
 def _require_folder(out: Path) -> None:
-    """Check that a folder can be made at `out`, or written into; nothing stays there.
+    """Check that `out` can be created or written to; the check leaves nothing behind.
 
     Raises:
-        ValueError: naming what is in the way.
+        ValueError: naming the obstacle.
     """
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"--out {out}: {there} is a file; name a folder")
     try:
-        # not by its permissions: they do not tell of read-only disks and of /proc
+        # tested by writing: permissions do not reveal read-only disks or /proc
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as error:
         raise ValueError(
-            f"--out {out}: nothing can be written into {there} ({error.strerror}); name another "
-            "folder"
+            f"--out {out}: cannot write into {there} ({error.strerror}); name a different folder"
         ) from error
 
 
 def _read(arguments: Arguments, source: Path) -> Photos:
-    """List the photos; a refusal of files or classes names the command that does without them."""
+    """List the photos; if files or classes are refused, suggest the command that skips them."""
     labels = LabelSpace.load(arguments.classes) if arguments.classes else None
     try:
         return read_folder(
@@ -197,6 +196,7 @@ def _read(arguments: Arguments, source: Path) -> Photos:
             arguments.max_bad,
         )
     except UnusableError as error:
+        # files that are not images are skipped by name, damaged ones by number
         more = ["--ignore", *error.ignore] if error.ignore else []
         more += ["--max-bad", str(error.damaged)] if error.damaged else []
         error.add_note(_same_command(*more, label="without them"))
@@ -216,7 +216,7 @@ def _rates(task: Task, configs: Mapping[str, Config], photos: Photos) -> rates.R
 
 
 def options(task: Task, config: Config) -> dict[str, str]:
-    """Return the options that change what is made, as they are typed."""
+    """List the options that change the results, as they are typed."""
     return {
         "--model.clip": task.clip,
         "--model.pretrained": task.pretrained,
@@ -228,19 +228,20 @@ def options(task: Task, config: Config) -> dict[str, str]:
 
 
 def without_held_out(config: Config, size: small.Size) -> list[str]:
-    """Word what is exported where nothing can choose, and how many photos would suffice."""
+    """Explain which model is exported without held-out photos, and how many would suffice."""
     lines = [
         "too few photos to hold some out of training:",
-        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, whatever is found",
+        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, without a choice",
     ]
+    # with a single photo of a class, no number of photos would suffice
     pairs = size._replace(fewest=max(size.fewest, 2))
     enough = next(
         images
         for images in itertools.count(size.images)
         if small.rule(config, pairs._replace(images=images), 1)["loader.held_out"]
     )
-    each = ", of each class two or more" if size.fewest < 2 else ""
-    lines.append(f"  {enough:,} to train on would be enough{each}; there are {size.images:,}")
+    each = ", with two or more of each class" if size.fewest < 2 else ""
+    lines.append(f"  {enough:,} to train on would be enough{each}; you have {size.images:,}")
     return lines
 
 
@@ -251,7 +252,7 @@ def _with_photos(arguments: Arguments) -> Arguments:
             hint = taken_for_name(arguments.ignore)
             raise ValueError(
                 "name the folder of your photos"
-                f"{hint or '; --example tries the command without any'}"
+                f"{hint or '; --example tries the command without any (docs/photos.md)'}"
             )
         return arguments
     if arguments.folder is not None:
@@ -271,7 +272,7 @@ def _require_usable(photos: Photos, source: Path) -> None:
 
 
 def found(photos: Photos, source: Path) -> list[str]:
-    """Return what was found, for people: counts, split, and what is odd about the classes."""
+    """Summarise the photos for printing: counts, split, and oddities of the classes."""
     train, test = (_items(photos, name) for name in (plan.TRAIN_SET, plan.TEST_SET))
     names = photos.labels.names
     counts = [Counter(item.label for item in items) for items in (train, test)]
@@ -281,7 +282,7 @@ def found(photos: Photos, source: Path) -> list[str]:
         f"{len(train):,} to train on, {len(test):,} to test with"
     ]
     if len(names) <= LISTED:
-        # without a break between a name and its numbers
+        # keeps a name and its numbers on one line
         each = (
             f"{printable(name)} {counts[0][label]:,}+{counts[1][label]:,}".replace(" ", GLUE)
             for label, name in enumerate(names)
@@ -315,7 +316,7 @@ def found(photos: Photos, source: Path) -> list[str]:
 
 def _task(arguments: Arguments) -> Task:
     assert arguments.folder is not None
-    # refuses a name that open_clip does not know
+    # raises for a name that open_clip does not know
     vision = hub_config(arguments.clip).model_cfg["vision_cfg"]
     local = arguments.clip.startswith("local-dir:") or arguments.clip == MINIATURE
     return Task(
@@ -336,7 +337,7 @@ def _task(arguments: Arguments) -> Task:
 
 
 def training(task: Task, recipe: str, size: small.Size) -> Config:
-    """Return the configuration that a training will have."""
+    """Build the configuration that a training will use."""
     config = recipes.build(recipe, scale="small", data=str(task.data), run=str(task.run(recipe)))
     optim = config.optim if task.epochs is None else replace(config.optim, epochs=task.epochs)
     config = replace(
@@ -362,7 +363,7 @@ def _items(photos: Photos, name: str) -> Sequence[Item]:
 
 
 def sizes(photos: Photos, config: Config) -> plan.Sizes:
-    """Return the sizes that the time of each stage follows from."""
+    """Collect the sizes that determine the time of each stage."""
     train = _size(photos).images
     held_out, epochs = config.loader.held_out, config.optim.epochs
     return plan.Sizes(
@@ -377,7 +378,7 @@ def sizes(photos: Photos, config: Config) -> plan.Sizes:
 
 
 def _before(task: Task, held_out: int) -> list[Stage]:
-    """Return the stages up to the choice."""
+    """List the stages up to the choice."""
     found = [plan.pack(task), *(plan.train(task, recipe) for recipe in plan.TRAINED)]
     found.append(plan.evaluate(task, held_out=held_out > 0))
     return [*found, plan.choose(task)] if held_out else found
@@ -389,14 +390,14 @@ def run(stage: Stage) -> None:
 
 
 def _chosen(task: Task, held_out: int) -> Path:
-    """Return the run folder of the model that is exported."""
+    """Find the run folder of the model to export."""
     if not held_out:
         return task.wise(plan.WITHOUT_HELD_OUT)
     return Path(choice.read(task.choice).chosen)
 
 
 def _say_end(task: Task, chosen: Path, seconds: float) -> None:
-    """Print where everything is, and how the model is used."""
+    """Print the paths of the results, and the command that uses the model."""
     print(f"\ndone in {about(seconds).removeprefix('about ')}")
     cli.say(f"chosen: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")

@@ -1,4 +1,4 @@
-"""Photos of the miniature world's classes, a folder for each, to try `rft photos` with."""
+"""Draws photos of the miniature world, one folder per class, to try `rft photos`."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PER_CLASS = 19  # of 16 classes
 def write_example(source: Path, seed: int = 0) -> None:
     """Draw the photos into folders below `source`, and `source`.json, which names the classes.
 
-    Files of an earlier call are written again with the same bytes.
+    Photos of an earlier call are kept.
     """
     setting = SETS["imagenet-train"].setting
     silhouettes = load_silhouettes(setting.bank)
@@ -29,6 +29,7 @@ def write_example(source: Path, seed: int = 0) -> None:
             path = source / folder / f"{number:02d}.png"
             if path.exists():
                 continue
+            # one generator per photo, so that it does not depend on which others exist
             rng = numpy_generator(seed, "photos", label * PER_CLASS + number)
             image, _ = render(draw_scene(setting, label, silhouettes, rng), rng)
             with files.publish(str(path)) as kept:

@@ -1,7 +1,7 @@
-"""The stages of `rft photos` as data: which documented command does what, in which order. Pure.
+"""The stages of `rft photos` as data: documented commands in order. Pure functions.
 
-The layout of OUT: `shards/` the packed photos, `runs/` the models, `choice.json` which one
-was chosen, `report/` the report, `model/` the export.
+The layout of OUT: `shards/` the packed photos, `runs/` the models, `choice.json` the choice among
+them, `report/` the report, `model/` the export.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,22 +20,22 @@ from rft.storage.documents import Epochs, Seed
 from rft.train.rate import about
 
 ZERO_SHOT, VANILLA, OURS = "zero-shot", "vanilla", recipes.DEFAULT
-# in this order ties are resolved, after the kind of model (rft.merge.choose)
+# the order resolves ties, after the kind of model (rft.merge.choose)
 TRAINED = (ZERO_SHOT, OURS, VANILLA)
-ALPHA = 0.5  # of both WiSE averages; nothing is known of a new set that would choose another
+ALPHA = 0.5  # of both WiSE averages; nothing known about a new set suggests a different value
 FAMILIES = {OURS: f"wise-{OURS}", VANILLA: "wise-ft"}
-# Without held-out images nothing measured can choose. Between the pre-trained model and ours: it
-# keeps what either knows, and the paper has it ahead of both ends out of distribution.
+# Without held-out images no measurement can choose. The average of the pre-trained model and ours
+# keeps knowledge of both, and is ahead of both out of distribution in the paper.
 WITHOUT_HELD_OUT = OURS
 CANDIDATES = len(TRAINED) + len(FAMILIES)
-# pixels are read and not decoded, and to start loader processes takes longer than that
+# pixels need no decoding: starting loader processes would take longer than reading
 WORKERS = "0"
 TRAIN_SET, TEST_SET = "train", "test"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be made of which photos."""
+    """The input and settings of all stages."""
 
     source: Path
     out: Path
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def choice(self) -> Path:
-        """The document of the chosen model."""
+        """The document that names the chosen model."""
         return self.out / "choice.json"
 
     @property
@@ -72,7 +72,7 @@ class Task:
         return self.out / EXPORT
 
     def run(self, name: str) -> Path:
-        """Return a run folder."""
+        """Return the run folder of a recipe or average."""
         return self.out / "runs" / name
 
     def wise(self, recipe: str) -> Path:
@@ -89,7 +89,7 @@ class Stage:
 
 
 def pack(task: Task) -> Stage:
-    """Return the command that packs the photos, as the square that the model sees."""
+    """Build the command that packs the photos, as the square that the model sees."""
     words = ["tools/shard_folder.py", "--source", str(task.source), "--out", str(task.data)]
     words += ["--encoding", "pixels", "--size", str(task.image_size)]
     if task.classes:
@@ -103,7 +103,7 @@ def pack(task: Task) -> Stage:
 
 
 def train(task: Task, recipe: str) -> Stage:
-    """Return the training of a recipe."""
+    """Build the command that trains a recipe."""
     words = ["-m", "rft.train", recipe, "--data", str(task.data), "--train-set", TRAIN_SET]
     words += ["--scale", "small", "--run-dir", str(task.run(recipe)), "--seed", str(task.seed)]
     words += ["--model.clip", task.clip, "--device", task.device, "--loader.workers", WORKERS]
@@ -115,10 +115,10 @@ def train(task: Task, recipe: str) -> Stage:
 
 
 def numbers(task: Task, recipe: str) -> list[str]:
-    """Return the options of a training's numbers that are not the paper's."""
+    """List the options for hyperparameters that differ from the paper's."""
     words = [] if task.epochs is None else ["--optim.epochs", str(task.epochs)]
     if task.clip == MINIATURE:
-        # the tiny CLIP's own: with the paper's it would hardly move
+        # tuned for the tiny CLIP, which would hardly change with the paper's values
         tiny = recipes.build(recipe, scale="miniature")
         words += ["--optim.lr", f"{tiny.optim.lr:g}"]
         if tiny.method.distill_weight:
@@ -127,7 +127,7 @@ def numbers(task: Task, recipe: str) -> list[str]:
 
 
 def averages(task: Task) -> list[str]:
-    """Return the options that make both WiSE averages in memory."""
+    """List the options that make both WiSE averages in memory."""
     words = []
     for recipe in FAMILIES:
         words += ["--wise", str(task.run(ZERO_SHOT)), str(task.run(recipe)), f"{ALPHA:g}"]
@@ -135,7 +135,7 @@ def averages(task: Task) -> list[str]:
 
 
 def choose(task: Task) -> Stage:
-    """Return the choice by held-out images."""
+    """Build the command that chooses by held-out images."""
     runs = [str(task.run(recipe)) for recipe in TRAINED]
     words = ["-m", "rft.merge.choose", *runs, "--data", str(task.data), *averages(task)]
     words += ["--save", str(task.choice), "--device", task.device, "--workers", WORKERS]
@@ -143,7 +143,7 @@ def choose(task: Task) -> Stage:
 
 
 def evaluate(task: Task, *, held_out: bool) -> Stage:
-    """Return the evaluation of all candidates on the test part."""
+    """Build the command that evaluates all candidates on the test part."""
     runs = [str(task.run(recipe)) for recipe in TRAINED]
     words = ["-m", "rft.evaluate", *runs, "--data", str(task.data), *averages(task)]
     words += ["--sets", TEST_SET, "--device", task.device, "--workers", WORKERS]
@@ -153,35 +153,35 @@ def evaluate(task: Task, *, held_out: bool) -> Stage:
 
 
 def merge(task: Task, recipe: str) -> Stage:
-    """Return the command that writes the weights of an average."""
+    """Build the command that writes the weights of an average."""
     ends = [str(task.run(ZERO_SHOT)), str(task.run(recipe))]
     words = ["-m", "rft.merge", "wise", *ends, "--alpha", f"{ALPHA:g}"]
     return Stage(name="merge", words=(*words, "--out", str(task.wise(recipe))))
 
 
 def report(task: Task, chosen: Path) -> Stage:
-    """Return the report of all candidates, the chosen one first."""
+    """Build the command that reports on all candidates, the chosen one first."""
     words = ["-m", "rft.report", str(task.out / "runs"), "--out", str(task.report)]
     words += ["--data", str(task.data), "--chosen", str(chosen)]
     return Stage(name="report", words=tuple(words))
 
 
 def export(task: Task, chosen: Path) -> Stage:
-    """Return the export of the chosen model."""
+    """Build the command that exports the chosen model."""
     words = ["-m", "rft.convert", "export", str(chosen), "--to", "open-clip"]
     return Stage(name="export", words=(*words, "--out", str(task.model)))
 
 
 def end(task: Task, chosen: Path) -> list[Stage]:
-    """Return the stages after the choice."""
+    """List the stages after the choice."""
     merged = [merge(task, recipe) for recipe in FAMILIES if task.wise(recipe) == chosen]
-    # the report last: its warnings are what is read
+    # the report last, so that its warnings are seen
     return [*merged, export(task, chosen), report(task, chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the time of each stage follows from."""
+    """The quantities that determine the time of each stage."""
 
     train: int
     """Images to train on and to hold out."""
@@ -196,7 +196,8 @@ class Sizes:
 
 
 def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
-    """Return the expected time of each stage, in seconds."""
+    """Estimate the time of each stage, in seconds."""
+    # every training loads the CLIP, embeds the prompts and, per epoch, predicts the held-out images
     start = rates.load + sizes.classes * sizes.prompts * rates.prompt
     selection = sizes.epochs * sizes.held_out * rates.forward
     found = {
@@ -207,12 +208,12 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         found[f"train {recipe}"] = start + sizes.steps * rates.step[recipe] + selection
     found["evaluate"] = CANDIDATES * (sizes.test + sizes.held_out) * rates.forward
     found["choose"] = CANDIDATES * sizes.held_out * rates.forward if sizes.held_out else 0.0
-    found["report"] = found["export"] = 0.0
+    found["report"] = found["export"] = 0.0  # negligible
     return found
 
 
 def is_done(task: Task, stage: Stage) -> bool:
-    """Whether the result of a stage exists; the stage itself checks what it is of."""
+    """Whether the result of a stage exists; the stage itself checks its origin."""
     kind, _, name = stage.name.partition(" ")
     candidates = [task.run(recipe) for recipe in TRAINED] + [
         task.wise(recipe) for recipe in FAMILIES
@@ -225,14 +226,14 @@ def is_done(task: Task, stage: Stage) -> bool:
         "merge": [Path(stage.words[-1]) / filenames.PROVENANCE],
         "export": [task.model / CARD],
     }
-    # a report is made anew, whatever exists
+    # the report is always made again
     return kind in results and all(path.exists() for path in results[kind])
 
 
 def table(
     times: Mapping[str, float], stages: Sequence[Stage], done: Collection[str] = ()
 ) -> list[str]:
-    """Return a line for each stage, and the sum of those that are to come."""
+    """Format one line for each stage, and the total of those that are not done."""
     left = {one.name: times.get(one.name, 0.0) for one in stages if one.name not in done}
     lines = [
         f"  {one.name:32}{about(left[one.name]) if one.name in left else 'done'}" for one in stages

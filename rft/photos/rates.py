@@ -1,8 +1,8 @@
-"""How fast this machine does what the stages do, measured on the CLIP and the photos in question.
+"""Measures this machine's speed in the stages' main operations, with the actual CLIP and photos.
 
-A few seconds for each: a step of each recipe, a forward, some prompts through the text tower, some
-photos decoded and resized. The CLIP is loaded for it, so one that cannot be is known before any
-photo is packed.
+A few seconds each: an optimizer step per recipe, a forward pass, some prompts through the text
+tower, some photos decoded and resized. This loads the CLIP, so a model that cannot be loaded is
+noticed before any photo is packed.
 """
 
 import copy
@@ -30,30 +30,30 @@ from rft.storage import documents
 from rft.storage.documents import From0, document
 from rft.train.rate import ALONE, forward_seconds, step_seconds_of
 
-PHOTOS = 8  # that are decoded
-PROMPTS = 8  # that are embedded: open_clip takes whole classes, and this one has so many
-PIPE_BYTES = 2**12  # a pipe holds more, so that its writer does not wait
+PHOTOS = 8  # decoded photos
+PROMPTS = 8  # embedded prompts: open_clip embeds complete classes, so one class gets this many
+PIPE_BYTES = 2**12  # less than a pipe's buffer, so that the writer never blocks
 
 
 @document(name="rates")
 class Rates:
-    """Seconds."""
+    """Measured times, in seconds."""
 
     load: From0
     """To load the CLIP."""
     prompt: From0
-    """For each prompt of each class."""
+    """Per prompt of each class."""
     pack: From0
-    """For each photo, by all cores."""
+    """Per photo, with all cores."""
     forward: From0
-    """For each image that is predicted."""
+    """Per predicted image."""
     step: dict[str, From0]
-    """For each optimizer step of a recipe."""
+    """Per optimizer step, by recipe."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is measured: configurations of the trainings, and photos to decode."""
+    """The input of the measurements: configurations of the trainings, and photos to decode."""
 
     configs: Mapping[str, Config]
     names: Sequence[str]
@@ -65,21 +65,21 @@ class Sample:
 
 
 def sample_of(sources: Sequence[Source]) -> list[Path]:
-    """Return some photos, spread over all."""
+    """Choose some photos, evenly spread over all."""
     paths = [source.root / item.path for source in sources for item in source.items]
     return paths[:: max(1, len(paths) // PHOTOS)][:PHOTOS]
 
 
 def measure(sample: Sample) -> Rates:
-    """Measure in a process of its own, as the stages after it are forked from this one.
+    """Measure in a separate process, because the stages are later forked from this one.
 
     Raises:
-        SystemExit: if it fails, with the exit code; what was wrong is printed.
+        SystemExit: if it fails, with its exit code; it has already printed the error.
     """
     read, write = os.pipe()
 
     def work() -> None:
-        # here, so that a mistake is the one line that every command prints
+        # with rft.cli, so that an error becomes one line, as in every command
         from rft import cli
 
         cli.run(lambda: _send(write, measure_here(sample)))
@@ -108,6 +108,7 @@ def measure_here(sample: Sample) -> Rates:
         config.precision, gpu=device.type == "cuda", bf16=dist.has_bf16(device)
     )
     clip.model.to(device)
+    # one class with few prompts: the plan multiplies by all classes and prompts
     templates = list(sample.templates[:PROMPTS])
     began = time.perf_counter()
     zero_shot_head(clip, sample.names[:1], templates)
@@ -118,7 +119,9 @@ def measure_here(sample: Sample) -> Rates:
     forward = forward_seconds(student, architecture.image_size, device)
     steps = {}
     for recipe, one in sample.configs.items():
+        # copies: optimizer steps change the weights, and the next recipe starts from the same ones
         teacher = copy.deepcopy(student)
+        # as in training (rft/train/build.py)
         if precision == "bf16":
             vit.lower(teacher.visual, torch.bfloat16)
         learner = copy.deepcopy(student)
@@ -133,14 +136,14 @@ def measure_here(sample: Sample) -> Rates:
 
 
 def pack_seconds(photos: Sequence[Path], size: int) -> float:
-    """Return how long a photo takes if all cores share them; 0 if none can be decoded."""
+    """Measure the seconds per photo if all cores share the work; 0 if none can be decoded."""
     encoding: dict[str, Any] = encoding_parameters("pixels", size, 0, photos=True)
     times = []
     for path in photos:
         began = time.perf_counter()
         try:
             encode(path.read_bytes(), str(path), encoding)
-        except (OSError, ValueError):  # packing names it, or counts it into --max-bad
+        except (OSError, ValueError):  # packing reports it, or counts it towards --max-bad
             continue
         times.append(time.perf_counter() - began)
     return sum(times) / len(times) / cpus.available() if times else 0.0

@@ -1,7 +1,7 @@
-"""What OUT is made of, recorded before the first stage and compared by every later call.
+"""The record of OUT's inputs, written before the first stage and compared by every later call.
 
-Each stage refuses what does not fit its own files, in words of hashes and of options that
-`rft photos` does not have. Compared first, the mistake is one line in the words of this command.
+Each stage refuses inputs that do not fit its files, with errors about hashes and options that
+`rft photos` does not have. This earlier comparison gives one line in the terms of this command.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from rft.storage import files
 from rft.storage.documents import Count, Sha256, document
 
 NAME = "made-from.json"
-MADE = ("shards", "runs", "choice.json", "model", "report")  # in OUT, by the stages
+MADE = ("shards", "runs", "choice.json", "model", "report")  # the stages' outputs in OUT
 SETS = {"train": "to train on", "test": "to test with", "val": "to validate with"}
 
 
@@ -24,7 +24,7 @@ class Part:
 
     photos: Count
     sha256: Sha256
-    """Of their classes, sizes and paths below the folder."""
+    """Hash of their classes, sizes and paths below the folder."""
 
 
 @document
@@ -32,15 +32,15 @@ class MadeFrom:
     """Options and photos that the stages start from."""
 
     options: dict[str, str]
-    """By their names on the command line; those that change what is made."""
+    """Options that change the results, by their names on the command line."""
     classes: Count
     classes_sha256: Sha256
-    """Of the classes' folders, names and prompts."""
+    """Hash of the classes' folders, names and prompts."""
     sets: dict[str, Part]
 
 
 def made_from(photos: Photos, options: Mapping[str, str]) -> MadeFrom:
-    """Return the record of a command."""
+    """Build the record of a command."""
     labels = photos.labels
     return MadeFrom(
         options=dict(options),
@@ -56,32 +56,36 @@ def _part(source: Source) -> Part:
 
 
 def agree(out: Path, now: MadeFrom) -> None:
-    """Compare with what OUT was made from; a set of which nothing is packed yet may change.
+    """Compare with the record of OUT's inputs; a set without any packed shard may still change.
 
     Raises:
-        ValueError: naming the options, or the photos that changed and the folders to delete.
+        ValueError: naming the changed options, or the changed photos and the folders to delete.
     """
     record = out / NAME
+    # a shard, rather than a manifest: interrupted packing counts too
     packed = {name for name in now.sets if any((out / "shards" / name).glob("*.tar"))}
     if not record.exists() or not (packed or (out / "runs").exists()):
         return
     before = files.read_document(str(record), MadeFrom)
+    # only options in the record: one that a newer version adds does not refuse an older OUT
     options = {
         name: value for name, value in before.options.items() if now.options.get(name) != value
     }
     if options:
         words = " ".join(f"{name} {value}" for name, value in options.items() if value)
-        raise ValueError(f"{out} was made with {words}: use that as before, or another --out")
+        raise ValueError(
+            f"{out} was made with {words}: pass the same options, or choose another --out"
+        )
     changes = []
     if before.classes != now.classes:
         changes.append(f"{before.classes:,} -> {now.classes:,} classes")
     elif before.classes_sha256 != now.classes_sha256:
-        changes.append("other names or prompts of the classes")
+        changes.append("different names or prompts of the classes")
     for name in [
         one for one in now.sets if one in packed and before.sets.get(one) != now.sets[one]
     ]:
         old, new = (one.sets[name].photos if name in one.sets else 0 for one in (before, now))
-        number = f"{old:,} -> {new:,}" if old != new else f"other files, again {new:,}"
+        number = f"{old:,} -> {new:,}" if old != new else f"{new:,} as before, but other files"
         changes.append(f"{number} {SETS[name]}")
     if changes:
         made = ", ".join(str(out / name) for name in MADE if (out / name).exists())
@@ -92,6 +96,6 @@ def agree(out: Path, now: MadeFrom) -> None:
 
 
 def write(out: Path, now: MadeFrom) -> None:
-    """Record what the stages start from, unless OUT holds what was made without a record."""
+    """Record the stages' inputs, unless OUT already has results without a record."""
     if (out / NAME).exists() or not any((out / name).exists() for name in MADE):
         files.write_json(str(out / NAME), asdict(now))

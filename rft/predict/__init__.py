@@ -1,1 +1,1 @@
-"""Models as one uses them: classes, features and relevance of new images."""
+"""Uses a trained model: classes, features and relevance of new images."""

@@ -1,4 +1,4 @@
-"""`python -m rft.predict`: see rft/predict/command.py."""
+"""Entry point of `python -m rft.predict`: see rft/predict/command.py."""
 
 from rft import cli
 from rft.predict.command import main

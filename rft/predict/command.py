@@ -1,4 +1,4 @@
-"""Class names of new images: `python -m rft.predict RUN IMAGE...`.
+"""Predicts the classes of new images: `python -m rft.predict RUN IMAGE...`.
 
 Exit code 0 if all images were read, 1 if some were not, 2 if none was.
 """
@@ -27,7 +27,7 @@ from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
 from rft.text import plain
 
-LINES = 20  # classes that are counted where a file has all images, and images not read
+LINES = 20  # printed counts of classes if a file has the images, and printed unreadable images
 CSV_START = "image,class,probability"
 
 log = logging.getLogger(__name__)
@@ -37,32 +37,32 @@ log = logging.getLogger(__name__)
 class Arguments:
     """Print the most probable classes of images, with probabilities.
 
-    Images are treated as your own photos are when they are packed: upright, on white. Logits are
-    those of rft.evaluate. Probabilities are at the temperature that rft.evaluate --temperature
-    fitted, where it did. Images that cannot be read are named and skipped, with exit code 1.
+    Images are treated like your own photos: turned upright, on white. Logits are those of
+    rft.evaluate. Probabilities use the temperature that rft.evaluate --temperature fitted, if any.
+    Images that cannot be read are reported and skipped, with exit code 1.
 
     Example:
     python -m rft.predict runs/first holiday --out predictions.csv --html predictions.html
     """
 
     model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Run folder, weights file with a classification head, or export of --to open-clip."""
+    """Run folder, weights file with a classification head, or export for open_clip."""
     images: tyro.conf.Positional[
         Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE...")]
     ] = ()
-    """Image files, and folders that hold some at any depth."""
+    """Image files, and folders that contain images at any depth."""
     out: Path | None = None
-    """CSV file to write: image, class and probability of the most probable classes, temperature."""
+    """CSV file for the predictions: image, most probable classes, probabilities, temperature."""
     html: Path | None = None
-    """Page to write: pictures, names, probabilities as bars; one file that needs no network."""
+    """HTML page for the predictions: pictures, names, probabilities as bars; a single file that
+    needs no network."""
     top: Positive = 5
-    """Classes of each image."""
+    """Number of classes per image."""
     cam: bool = False
-    """Show on the page which patches are relevant for the first class: the method's own CAM."""
+    """Show on the page which patches are relevant for the first class (the method's CAM)."""
     ignore: Annotated[Patterns, tyro.conf.arg(metavar="NAME...")] = ()
-    """Names of files and folders to pass over in folders, such as '*.mov', in any case of letters.
-    Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
-    """
+    """Names of files and folders to skip in folders, such as '*.mov', in upper or lower case.
+    Hidden files, and files that NAS devices, macOS and Windows leave behind, are always skipped."""
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have."""
     device: Device = "auto"
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
     require_model(arguments.model)
     found = find_images(arguments.images, patterns_of(arguments.ignore))
-    # of an earlier call, in the folder of the images
+    # outputs of an earlier call may lie in the folder of the images
     own = {path.resolve() for path in (arguments.out, arguments.html) if path is not None}
     for path in [path for path in found.refused if path.resolve() in own]:
         del found.refused[path]
@@ -81,14 +81,14 @@ def main() -> None:
     model = load(arguments.model, device=arguments.device, max_pixels=arguments.max_pixels)
     predicted, drawn, refused = predict(model, found, arguments)
     if not predicted:
-        raise ValueError(f"no image was read, of {len(refused):,}; the first: {refused[0]}")
+        raise ValueError(f"none of {len(refused):,} images could be read; first: {refused[0]}")
     written = write(model, predicted, drawn, refused, arguments)
     say(model, predicted, found, refused, written)
     sys.exit(1 if refused else 0)
 
 
 def check(arguments: Arguments, found: Found) -> None:
-    """Check, before anything is read, what is written and that there is something to read.
+    """Check inputs and outputs before anything is read.
 
     Raises:
         ValueError: naming the option or folder.
@@ -103,12 +103,12 @@ def check(arguments: Arguments, found: Found) -> None:
     files_of = {"--out": arguments.out, "--html": arguments.html}
     targets = {option: path.resolve() for option, path in files_of.items() if path is not None}
     if len(set(targets.values())) < len(targets):
-        raise ValueError(f"--out and --html are both {arguments.out}; name two files")
+        raise ValueError(f"--out and --html are both {arguments.out}; name two different files")
     for option, start in (("--out", CSV_START.encode()), ("--html", START)):
         if (path := files_of[option]) is None:
             continue
         files.require_writable(str(path))
-        # a photo, named in the place of an output, is never lost
+        # never overwrite a photo that was mistakenly named as an output
         if path.exists() and path.stat().st_size and not _begins(path, start):
             raise ValueError(
                 f"{option} {path} exists and was not written by rft predict; choose another name"
@@ -123,13 +123,13 @@ def _begins(path: Path, start: bytes) -> bool:
 def predict(
     model: Model, found: Found, arguments: Arguments
 ) -> tuple[list[tuple[str, Prediction]], list[Shown], list[str]]:
-    """Return path and prediction of each image, the page's images, and why others are missing."""
+    """Predict all images: (path, prediction) pairs, the page's images, and errors of the others."""
     paths = [str(path) for path in found.paths]
     refused = dict(found.refused)
     predicted: list[tuple[str, Prediction]] = []
     drawn: list[Shown] = []
     with (
-        # a result follows at once: without a terminal only what takes long is worth a line
+        # results follow immediately, so without a terminal only slow runs print progress
         progress("predict", "images", len(paths), ASIDE, ends=False) as advance,
         closing(
             read_squares(
@@ -156,7 +156,7 @@ def predict(
                 drawn += shown(*part)
             advance(squares.numbers[-1] + 1 - done)
             done = squares.numbers[-1] + 1
-        if done < len(paths):  # the last ones cannot be read
+        if done < len(paths):  # the last images could not be read
             advance(len(paths) - done)
     return predicted, drawn, [refused[path] for path in sorted(refused)]
 
@@ -168,7 +168,7 @@ def write(
     refused: Sequence[str],
     arguments: Arguments,
 ) -> list[Path]:
-    """Write the files that the command line names, each intact or not at all; return them."""
+    """Write the files that the command line names, each completely or not at all; return them."""
     written = []
     if (out := arguments.out) is not None:
         top = len(predicted[0][1].names)
@@ -182,7 +182,7 @@ def write(
 
 
 def csv_text(predicted: Sequence[tuple[str, Prediction]], top: int) -> str:
-    """Return the CSV: an image in a row, its `top` classes side by side, the temperature last."""
+    """Format the CSV: one row per image, its `top` classes side by side, the temperature last."""
     more = [f"{name} {place}" for place in range(2, top + 1) for name in ("class", "probability")]
     lines = [[*CSV_START.split(","), *more, "temperature"]]
     for path, one in predicted:
@@ -200,7 +200,7 @@ def say(
     refused: Sequence[str],
     written: Sequence[Path],
 ) -> None:
-    """Print the predictions, where no file has them, and a summary of all; what was left out."""
+    """Print the predictions, unless they were written to a file, and a summary; warn of errors."""
     lines = [] if written else [f"{plain(path)}: {in_words(one)}" for path, one in predicted]
     images = f"{len(predicted):,} image{'s' if predicted[1:] else ''}"
     lines.append(f"{images}, probabilities {_scale(model)}")
@@ -211,7 +211,7 @@ def say(
         lines.append(f"predicted: {', '.join([*shown, *more])}")
     if found.passed:
         counts = (f"{count:,} {plain(name)}" for name, count in sorted(found.passed.items()))
-        lines.append(f"passed over by name: {', '.join(counts)}")
+        lines.append(f"skipped by name: {', '.join(counts)}")
     lines += [f"written: {plain(str(path))}" for path in written]
     cli.say("\n".join(lines))
     if refused:
@@ -221,13 +221,13 @@ def say(
 
 
 def in_words(one: Prediction) -> str:
-    """Write a prediction in one line."""
+    """Format a prediction on one line."""
     return ", ".join(f"{plain(name)} {100 * share:.1f}%" for name, share in one.shares)
 
 
 def _scale(model: Model) -> str:
     if model.temperature is None:
-        return "as the model has them (no temperature was fitted)"
+        return "uncalibrated (no temperature was fitted)"
     return f"at temperature {model.temperature:.3g}, fitted on held-out images"
 
 

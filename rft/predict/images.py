@@ -1,10 +1,10 @@
-"""New images as a model sees them: found, read and decoded ahead of its forwards.
+"""Finds, reads and decodes new images ahead of the model's forward passes.
 
-Each is treated as a photo of one's own is when it is packed: turned upright by its EXIF
-orientation, composed on white, 16-bit grey to its high byte (rft/shards/images.py).
+Each image is treated like an own photo at packing: turned upright by its EXIF orientation, composed
+on white, 16-bit grey reduced to its high byte (rft/shards/images.py).
 
-Threads decode, where training has loader processes: Pillow lets go of Python's lock while it
-decodes and resizes, and a script that imports rft needs no `if __name__ == "__main__"`.
+Decoding uses threads, unlike training, which uses loader processes: Pillow releases Python's lock
+while it decodes and resizes, and a script that imports rft needs no `if __name__ == "__main__"`.
 """
 
 import os
@@ -29,7 +29,7 @@ from rft.storage import local
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-AHEAD = 2  # batches that are decoded, or under way, while a model computes
+AHEAD = 2  # batches that are decoded or in progress while the model computes
 
 Picture = Image.Image | str | os.PathLike[str]
 """An image, or the path of a file that holds one."""
@@ -39,27 +39,28 @@ class Squares(NamedTuple):
     """Some images as the model sees them."""
 
     numbers: list[int]
-    """Their places among the images that were given."""
+    """Their positions among the given images."""
     images_BCHW: Tensor
     """uint8, on the CPU."""
 
 
 class Found(NamedTuple):
-    """Files that may be images, and what was found beside them."""
+    """Files that may be images, and other files found beside them."""
 
     paths: list[Path]
     refused: dict[Path, str]
-    """What is no image or cannot be listed, with the reason, which begins with the path."""
+    """Files that are not images and unreadable folders; each reason starts with the path."""
     passed: Counter[str]
-    """What was left out by its name, by the name or pattern that it matched."""
+    """Counts of skipped files and folders, by the name or pattern that they matched."""
 
 
 def find_images(named: Sequence[Path], ignore: Sequence[str] = ()) -> Found:
-    """List the files that are named, and those in folders that are named, at any depth.
+    """List the given files, and the files in the given folders, at any depth.
 
-    A file counts once. In folders, names that packing passes over are passed over, and those that
-    match one of the patterns `ignore`; a file whose name is not that of an image is refused there,
-    because it could be a photo in another format. What a named file is, its bytes decide.
+    A file counts once. In folders, the names that packing skips are skipped, and those that match
+    one of the patterns `ignore`. A file there without an image's suffix is refused, because it
+    could be a photo in a different format. Files that are named directly are identified by their
+    bytes.
     """
     found = Found([], {}, Counter())
     for path in named:
@@ -71,13 +72,13 @@ def find_images(named: Sequence[Path], ignore: Sequence[str] = ()) -> Found:
 
 
 def _list_folder(folder: Path, ignore: Sequence[str], found: Found) -> None:
-    def refuse(error: OSError) -> None:  # os.walk would pass over what it cannot read
+    def refuse(error: OSError) -> None:  # by default os.walk skips folders that it cannot read
         path = Path(error.filename)
         found.refused[path] = f"{path} cannot be read: {error.strerror}"
 
     images, seen = [], set()
     for place, below, names in os.walk(folder, followlinks=True, onerror=refuse):
-        # links may lead round in a circle
+        # links may form a loop
         if (real := os.path.realpath(place)) in seen:
             below.clear()
             continue
@@ -85,7 +86,7 @@ def _list_folder(folder: Path, ignore: Sequence[str], found: Found) -> None:
         left_out = {name: passed_over(name, ignore) for name in (*below, *names)}
         left_out |= {name: left_out[name] or thumbnails(name) for name in below}
         found.passed.update(filter(None, left_out.values()))
-        # in place: os.walk descends into what is left of the list
+        # in place: os.walk descends into the folders that remain in the list
         below[:] = [name for name in below if not left_out[name]]
         for path in (Path(place) / name for name in names if not left_out[name]):
             if has_image_suffix(path.name):
@@ -99,7 +100,7 @@ def _no_image(path: Path) -> str:
     known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
     pattern = f"*{path.suffix.lower()}" if path.suffix else path.name
     return (
-        f"{path} is no image by its name ({known}); convert it, or pass it over with --ignore "
+        f"{path} does not have an image's suffix ({known}); convert it, or skip it with --ignore "
         f"'{pattern}'"
     )
 
@@ -116,21 +117,20 @@ def read_squares(
     max_pixels: float,
     refuse: Callable[[int, ValueError], None] = _raise,
 ) -> Generator[Squares, None, None]:
-    """Yield images in their order, `together` at a time, as squares of `size` pixels a side.
+    """Yield images in order, `together` at a time, as squares with sides of `size` pixels.
 
-    `refuse` gets the number of each image that cannot be read, and the error; the images after it
-    move up.
+    `refuse` receives the number of each unreadable image, and the error; later images move up.
 
     Raises:
-        ValueError: for the first image that cannot be read, unless `refuse` keeps it.
-        OSError: if there is not enough memory.
+        ValueError: for the first unreadable image, unless `refuse` handles it.
+        OSError: if memory runs out.
     """
     locks: dict[int, Lock] = {}
 
     def decode(job: tuple[int, Picture]) -> np.ndarray | ValueError:
         number, image = job
         try:
-            # an opened image that is given twice is decoded once, and not by two threads
+            # an open image that is given twice must not be decoded by two threads at once
             with locks.setdefault(id(image), Lock()):
                 return read_square(image, size, f"image {number}", max_pixels)
         except ValueError as error:
@@ -153,13 +153,13 @@ def read_squares(
 
 
 def read_square(image: Picture, size: int, name: str, max_pixels: float) -> np.ndarray:
-    """Return an image as the model sees it, uint8 (3, size, size).
+    """Read an image as the model sees it, uint8 (3, size, size).
 
-    `name` stands for an image without a path in messages.
+    `name` identifies an image without a path in messages.
 
     Raises:
         ValueError: naming it, if it cannot be read.
-        OSError: if there is not enough memory.
+        OSError: if memory runs out.
     """
     if isinstance(image, Image.Image):
         return clip_pixels(photo_of(image, name), size)
@@ -172,17 +172,17 @@ def read_square(image: Picture, size: int, name: str, max_pixels: float) -> np.n
 
 
 def require_several(images: object) -> None:
-    """Check that images are not one image, whose letters, rows or pixels would be taken for them.
+    """Check that `images` is not a single image, whose letters, rows or pixels would be iterated.
 
     Raises:
-        ValueError: if they are.
+        ValueError: if it is.
     """
     if isinstance(images, str | os.PathLike):
-        raise ValueError(f"{os.fspath(images)!r} is one image; give a list of images or paths")
+        raise ValueError(f"{os.fspath(images)!r} is one image; pass a list of images or paths")
     # an array of paths is as good as a list
     is_pixels = isinstance(images, np.ndarray) and images.dtype.kind in "biuf"
     if is_pixels or isinstance(images, Image.Image | Tensor):
-        raise ValueError(f"this is {_kind(images)}; give a list of PIL images or paths")
+        raise ValueError(f"this is {_kind(images)}; pass a list of PIL images or paths")
 
 
 def _kind(value: object) -> str:
@@ -197,7 +197,7 @@ def _full(kind: type) -> str:
 def _read_file(path: str, max_pixels: float) -> bytes:
     try:
         with local.reader(path) as stream:
-            # before it takes memory: anything may lie in a folder
+            # checked before it takes memory: a folder may contain anything
             require_affordable(os.fstat(stream.fileno()).st_size, path, max_pixels)
             return stream.read()
     except OSError as error:
@@ -207,7 +207,7 @@ def _read_file(path: str, max_pixels: float) -> bytes:
 def _ahead(
     work: Callable[[Job], Result], jobs: Iterable[Job], most: int
 ) -> Generator[Result, None, None]:
-    """Yield `work(job)` of each job in order, at most so many of them begun and not yet taken."""
+    """Yield `work(job)` of each job in order, with at most `most` results started but not taken."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(cpus.available()) as pool:
         try:
@@ -218,5 +218,5 @@ def _ahead(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            # where the caller stops early, what has not begun is not waited for
+            # if the caller stops early, jobs that have not started are cancelled
             pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
-"""A fine-tuned model to use from Python: `rft.load("runs/first").classify(["cat.jpg"])`.
+"""A fine-tuned model for use from Python: `rft.load("runs/first").classify(["cat.jpg"])`.
 
-Images are treated as one's own photos are when they are packed, and forwarded as `rft.evaluate`
-does it, so logits and probabilities are those of an evaluation, bit by bit where the same images
-come in the same order on the same kind of device.
+Images are treated like own photos at packing, and forwarded as in `rft.evaluate`, so logits and
+probabilities are those of an evaluation. They are equal bit for bit for the same images in the same
+order on the same kind of device.
 
 Shapes: N images, B of them in one forward, K classes, E features, G patches along a side.
 """
@@ -40,23 +40,23 @@ from rft.runs.folder import (
 )
 from rft.storage import files
 
-EXPORT = "model"  # the folder of an export, in the --out of rft photos
-MAPS_TOGETHER = 16  # images of one forward for relevance, whose graph is kept
+EXPORT = "model"  # the export's folder in the --out of rft photos
+MAPS_TOGETHER = 16  # images per forward for relevance, which keeps the graph in memory
 
 log = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of an image, the best first; all fields have one entry for each."""
+    """The most probable classes of an image, best first; the tuples have one entry per class."""
 
     names: tuple[str, ...]
     ids: tuple[str, ...]
-    """Folder names, WordNet ids or the like; names where a model has no ids."""
+    """Folder names such as WordNet ids; the names if a model has no ids."""
     labels: tuple[int, ...]
     """Rows of the head."""
     probabilities: tuple[float, ...]
     temperature: float | None = None
-    """What logits were divided by for the probabilities; None if nothing was fitted."""
+    """Divisor of the logits for the probabilities; None if none was fitted."""
 
     @property
     def name(self) -> str:
@@ -78,17 +78,17 @@ class Prediction(NamedTuple):
 class Model:
     """A classifier on its device, with its classes and temperature; see `load`.
 
-    Every method takes PIL images, paths or both, in any number, and raises a ValueError that names
-    the first one that cannot be read.
+    The methods with `images` take any number of PIL images, paths or both, and raise a ValueError
+    that names the first one that cannot be read.
     """
 
     where: str
-    """The run folder, file or export that it was loaded from."""
+    """The run folder, file or export from which it was loaded."""
     classifier: Classifier
     """In evaluation mode, its weights frozen."""
     classes: Classes
     temperature: float | None
-    """What `rft.evaluate --temperature` fitted on held-out images; None if it did not."""
+    """Fitted by `rft.evaluate --temperature` on held-out images; None if it was not fitted."""
     device: torch.device
     max_pixels: float = MAX_PIXELS
     """Millions of pixels that an image file may have."""
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def class_ids(self) -> tuple[str, ...]:
-        """Ids of the classes, by label; their names where there are no ids."""
+        """Ids of the classes, by label; their names if there are no ids."""
         return self.classes.ids or self.classes.names
 
     @property
@@ -114,7 +114,7 @@ class Model:
         return self.classifier.architecture.image_size
 
     def classify(self, images: Iterable[Picture], top: int = 5) -> list[Prediction]:
-        """Return the `top` most probable classes of each image, N predictions.
+        """Predict the `top` most probable classes of each image, N predictions.
 
         Raises:
             ValueError: for an image that cannot be read, or without finite logits.
@@ -126,14 +126,14 @@ class Model:
         ]
 
     def logits(self, images: Iterable[Picture]) -> np.ndarray:
-        """Return the logits (N, K), float32, not divided by the temperature; raises as above."""
+        """Compute the logits (N, K), float32, without the temperature; raises as `classify`."""
         found = [self.forward(one.images_BCHW)[1].cpu().numpy() for one in self._squares(images)]
         return np.concatenate([np.empty((0, len(self.classes)), np.float32), *found])
 
     def features(self, images: Iterable[Picture]) -> np.ndarray:
-        """Return the image tower's features (N, E), float32; raises as above.
+        """Compute the image tower's features (N, E), float32; raises as `classify`.
 
-        They are projected and not normalised: divide by their norm for cosine similarities.
+        They are projected but not normalised: divide by their norm for cosine similarities.
         """
         found = [self.forward(one.images_BCHW)[0].cpu().numpy() for one in self._squares(images)]
         width = self.classifier.architecture.embed_dim
@@ -142,23 +142,25 @@ class Model:
     def relevance(
         self, images: Iterable[Picture], classes: Sequence[int | str] | None = None
     ) -> np.ndarray:
-        """Return how relevant each patch is for a class, the method's own CAM, (N, G, G), float32.
+        """Compute the relevance of each patch for a class, the method's CAM, (N, G, G), float32.
 
-        An image's largest value is 1. The patches cover the square that the model sees: the centre
-        of the image, its shorter side whole.
+        The largest value of each image is 1. The patches cover the square that the model sees: the
+        centre of the image, with the full length of its shorter side.
 
         Args:
             images: N images.
             classes: for each image a label, or a class's id or name; the predicted one by default.
 
         Raises:
-            ValueError: as above, for an unknown class, or another number of classes than images.
+            ValueError: as `classify`, for an unknown class, or if the number of classes differs
+                from that of the images.
         """
         labels = None if classes is None else torch.tensor([self.label_of(one) for one in classes])
         side = self.image_size // self.classifier.patch_side
         maps, count = [np.empty((0, side, side), np.float32)], 0
         for squares in self._squares(images):
             count += len(squares.numbers)
+            # checked per batch, because `images` may be an iterator of unknown length
             if labels is None:
                 labels_B = self.forward(squares.images_BCHW)[1].argmax(dim=1)
             else:
@@ -170,27 +172,31 @@ class Model:
         return np.concatenate(maps)
 
     def label_of(self, name: int | str) -> int:
-        """Return the label of a class that is given by label, id or name.
+        """Find the label of a class by its label, id or name.
 
         Raises:
-            ValueError: if there is no such class, or several have the name.
+            ValueError: if no class matches, or several have the name.
         """
         if isinstance(name, str):
+            # ids first: they are distinct, names may repeat
             for known in (self.class_ids, self.class_names):
                 if known.count(name) == 1:
                     return known.index(name)
             several = name in (*self.class_ids, *self.class_names)
-            what = "several classes are called" if several else "there is no class"
-            raise ValueError(f"{self.where}: {what} {name!r}; give its label")
+            what = "several classes are named" if several else "no class is named"
+            raise ValueError(f"{self.where}: {what} {name!r}; pass its label instead")
         if not 0 <= name < len(self.classes):
-            raise ValueError(f"{self.where}: there is no class {name} of {len(self.classes)}")
+            raise ValueError(
+                f"{self.where}: no class has label {name}; labels go from 0 to "
+                f"{len(self.classes) - 1}"
+            )
         return int(name)
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, E) and logits (B, K) of images as the model sees them, on the device.
+        """Compute features (B, E) and logits (B, K) of squares from `read_squares`, on the device.
 
-        Those of at most `rft.evaluate.forward.TOGETHER` images are an evaluation's.
+        For at most `rft.evaluate.forward.TOGETHER` images they equal an evaluation's.
 
         Raises:
             ValueError: if a logit is not finite.
@@ -202,22 +208,22 @@ class Model:
         if not is_finite(logits_BK).all():
             raise ValueError(
                 f"{self.where}: the logits of an image are NaN or infinite; its training diverged: "
-                "use weights from before that"
+                "use earlier weights"
             )
         return features_BE, logits_BK
 
     def predictions(self, logits_BK: Tensor, top: int) -> list[Prediction]:
-        """Return the most probable classes of each row; of equal ones the first comes first.
+        """List the most probable classes of each row; equal ones are in the order of labels.
 
         Raises:
             ValueError: if `top` is not positive, or the temperature leaves no finite logits.
         """
         if top < 1:
             raise ValueError(f"top is {top}; it must be 1 or more")
-        # fp64, as rft.evaluate has it
+        # fp64, as in rft.evaluate
         scaled_BK = logits_BK.double() / (self.temperature or 1.0)
         if not is_finite(scaled_BK).all():
-            raise ValueError(f"{self.where}: its temperature, {self.temperature:g}, is no real one")
+            raise ValueError(f"{self.where}: its temperature, {self.temperature:g}, is not usable")
         order_BT = scaled_BK.sort(dim=1, descending=True, stable=True).indices[:, :top]
         share_BT = scaled_BK.softmax(dim=1).gather(1, order_BT)
         return [
@@ -232,11 +238,11 @@ class Model:
         ]
 
     def maps(self, images_BCHW: Tensor, labels_B: Tensor) -> np.ndarray:
-        """Return the relevance (B, G, G) of images as the model sees them, for their labels."""
+        """Compute the relevance (B, G, G) of squares from `read_squares`, for their labels."""
         side = self.image_size // self.classifier.patch_side
         parts = zip(images_BCHW.split(MAPS_TOGETHER), labels_B.split(MAPS_TOGETHER), strict=True)
         found = []
-        with torch.enable_grad():  # a caller may have turned it off
+        with torch.enable_grad():  # callers may have disabled gradients
             for part in parts:
                 # labels may be on the device already
                 part_BCHW, part_B = to_device(part[0], self.device), part[1].to(self.device)
@@ -249,20 +255,21 @@ class Model:
 
     def _require_as_many(self, labels: Tensor, count: int, *, ended: bool = False) -> None:
         if len(labels) < count or (ended and len(labels) > count):
-            raise ValueError(f"{len(labels)} classes were given for another number of images")
+            raise ValueError(f"{len(labels)} classes were given for a different number of images")
 
 
 def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_PIXELS) -> Model:
-    """Load a model to use.
+    """Load a model for use.
 
     Args:
-        path: a run folder (its selected model, or the last without held-out images), a weights file
-            with a classification head, or a folder that `rft convert export --to open-clip` wrote.
-        device: auto is a GPU if there is one.
+        path: a run folder (its selected model, or without held-out images its last one), a weights
+            file with a classification head, or a folder written by
+            `rft convert export --to open-clip`.
+        device: auto is a GPU if available.
         max_pixels: millions of pixels that an image file may have.
 
     Raises:
-        ValueError: if there is no model, a file is damaged or does not fit the others, or the
+        ValueError: if `path` holds no model, a file is damaged or does not fit the others, or the
             weights have no head.
     """
     files.require_local(path, "the model")
@@ -286,10 +293,10 @@ def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_P
 
 
 def require_model(path: Path) -> None:
-    """Refuse what is easily taken for a model: an image, or a folder that has one in it.
+    """Refuse paths that are easily mistaken for a model: an image, or the folder above a model.
 
     Raises:
-        ValueError: with what was probably meant.
+        ValueError: with the likely intention.
     """
     if has_image_suffix(path.name) and not path.is_dir():
         raise ValueError(
@@ -297,21 +304,21 @@ def require_model(path: Path) -> None:
         )
     if not path.is_dir() or checkpoint_path(path).is_file() or (path / weights.HUB_CONFIG).exists():
         return
-    # as `rft photos` leaves it
+    # the layout of `rft photos`
     if (path / EXPORT / weights.HUB_CONFIG).is_file():
-        raise ValueError(f"{path} is no model; did you mean {path / EXPORT}?")
+        raise ValueError(f"{path} is not a model; did you mean {path / EXPORT}?")
 
 
 def _read(path: Path) -> tuple[weights.Weights, str]:
-    """Return the weights that `path` names, and the hash of their file."""
+    """Read the weights that `path` names, and hash their file."""
     is_export = (path / weights.HUB_CONFIG).is_file()
     file = path if is_export else checkpoint_path(path)
     if file != path:
-        # it names the command that writes the weights of an average
+        # its error names the command that writes the weights of an average
         require_weights(file)
     found = weights.read(file)
     sha256 = files.sha256_file(found.files[0])
-    if not is_export:  # such a folder may have a config.json of other code
+    if not is_export:  # an export's config.json may belong to other software
         require_own_weights(path, sha256=sha256)
         if reached := unfinished(path):
             log.warning(f"{path} has not finished training ({reached})")
@@ -322,7 +329,7 @@ def _read(path: Path) -> tuple[weights.Weights, str]:
         )
     if found.architecture is None:
         raise ValueError(
-            f"{path} does not name its model; make a run folder of it: "
+            f"{path} does not name its architecture; import it into a run folder: "
             f"python -m rft.convert import {path} --clip NAME --out RUN"
         )
     clips.require_fit(found, found.architecture)
@@ -342,12 +349,12 @@ def _numbered(path: Path, rows: int) -> Classes:
 
 
 def _temperature(path: Path, sha256: str) -> float | None:
-    """Look up the temperature of the weights with that hash: in results, or the card of an export.
+    """Look up the temperature for weights by their hash, in results or an export's card.
 
     Raises:
-        ValueError: if results.json is damaged, or has different ones.
+        ValueError: if results.json is damaged, or has several temperatures.
     """
-    # a weights file may lie in its run folder, and have results of its own; an export has none
+    # a weights file may have its own results, or those of its run folder; an export has none
     places = [] if (path / weights.HUB_CONFIG).is_file() else [path, run_of(path)]
     for place in filter(None, places):
         results = read_results(place)
@@ -363,6 +370,6 @@ def _temperature(path: Path, sha256: str) -> float | None:
                 f"{place} was evaluated with other weights, so its temperature is not used; "
                 "evaluate it again with --temperature"
             )
-    # reading the weights has compared their hashes with the card's
+    # the card's hash was compared when the weights were read
     own = card.read(path / weights.CARD if path.is_dir() else path.with_name(f"{path.name}.json"))
     return own.temperature if own else None

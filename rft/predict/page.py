@@ -1,4 +1,4 @@
-"""Predictions as one page without a network: what the model saw of each image, and bars.
+"""Renders predictions as one self-contained page: the square the model saw, and bars.
 
 Shapes: B images, G patches along a side.
 """
@@ -17,21 +17,21 @@ from rft.report.templates import data_url, environment
 from rft.report.thumbnails import thumbnail
 
 START = b"<!doctype html>\n<!-- rft predict -->\n"
-"""How the page begins, by which it is known from other files."""
-SHOWN = 1000  # images of a page, some 10 KB each
-SIDE = 192  # pixels of a picture
+"""The page's first bytes, which distinguish it from other files."""
+SHOWN = 1000  # images on a page, some 10 KB each
+SIDE = 192  # side of a picture in pixels
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One image of the page."""
+    """One image on the page."""
 
     path: str
     prediction: Prediction
     picture: str
-    """Address of what the model saw, WebP."""
+    """Data URL of the square that the model saw, WebP."""
     overlay: str = ""
-    """The same under the relevance for the best class, if it is wanted."""
+    """The same under the relevance for the best class; empty without --cam."""
 
 
 def shown(
@@ -40,7 +40,7 @@ def shown(
     images_BCHW: np.ndarray,
     relevance_BGG: np.ndarray | None,
 ) -> list[Shown]:
-    """Draw some images, uint8, for the page; with their relevance where there is one."""
+    """Draw some images, uint8, for the page, with their relevance if given."""
     images_BHWC = images_BCHW.transpose(0, 2, 3, 1)
     pictures = [_picture(image_HWC) for image_HWC in images_BHWC]
     overlays = [""] * len(pictures)
@@ -55,7 +55,7 @@ def _picture(image_HWC: np.ndarray) -> str:
 
 
 def render(model: Model, images: Sequence[Shown], total: int, refused: Sequence[str]) -> bytes:
-    """Return the page: `images` of `total`, and the reasons why others are not among them."""
+    """Render the page: `images` of `total`, and the errors of those that could not be read."""
     template = environment([Path(__file__).parent]).get_template("page_of_images.html")
     text = template.render(model=model, images=images, total=total, refused=refused, grounds=colors)
     return START + text.encode()

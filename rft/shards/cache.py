@@ -1,8 +1,8 @@
-"""Complete shards in a folder of this node, bounded in bytes and shared by its processes.
+"""A node-local cache of complete shards, bounded in bytes and shared by the node's processes.
 
-Other users may write the folder too. Files are opened and deleted by name within the open folder,
-never through a link, and only names that the cache itself gives (a hash of 64 hex digits) count as
-its files: whatever else lies there is never touched.
+Other users may have write access to the folder. Files are opened and deleted by name within the
+open folder, never through a link. Only names that the cache itself generates (a hash of 64 hex
+digits) count as its files; all others are never touched.
 """
 
 import errno
@@ -23,26 +23,26 @@ WHOLE, PART = re.compile(rf"({HASH.pattern})\.tar"), re.compile(rf"\.{HASH.patte
 
 
 class Folder:
-    """An open cache folder: a different one that takes its place meanwhile is not touched."""
+    """An open cache folder; if the path is replaced meanwhile, the replacement is not touched."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
-            # a link raises ELOOP in POSIX and, with O_DIRECTORY, ENOTDIR on Linux, as a file does
+            # a link raises ELOOP in POSIX but ENOTDIR on Linux with O_DIRECTORY, as a file does
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             raise ValueError(
                 f"the cache folder {path} was replaced by a link or a file; remove it, or choose "
-                f"another --loader.cache-dir"
+                f"another --loader.cache-dir (docs/security.md#shared-folders)"
             ) from error
 
     def open(self, name: str, flags: int) -> int:
         """Open a regular file and return its descriptor.
 
         Raises:
-            ValueError: if it is anything else, such as a link.
+            ValueError: if it is not a regular file, for example a link.
             OSError: if it cannot be opened.
         """
         try:
@@ -51,10 +51,10 @@ class Folder:
             raise ValueError(f"in the cache folder {self.path}: {error}") from error
 
     def delete(self, name: str) -> None:
-        """Delete a file if it exists, and free its space even where a process has it open."""
-        # cut too: a reader that has it open sees too few bytes, and the disk has its room at once;
-        # but last, because a process that ends in between must leave no empty file under a shard's
-        # name. A file with another name elsewhere is not the cache's alone, and is not cut
+        """Delete a file if it exists, and free its space even if a process has it open."""
+        # truncated too, so that the space is free at once; a reader that has it open gets a short
+        # read. Truncated last: a process killed in between must not leave an empty file under a
+        # shard's name. A file with a second link is not only the cache's, and is not truncated
         with suppress(FileNotFoundError):
             descriptor = self.open(name, os.O_WRONLY)
             try:
@@ -67,7 +67,7 @@ class Folder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder's lock for the length of the body."""
+        """Hold the folder's lock while the body runs."""
         descriptor = self.open(".lock", os.O_RDWR | os.O_CREAT)
         try:
             # flock, not lockf: it locks open files, not processes, so threads exclude each other
@@ -84,14 +84,14 @@ class Folder:
 class Cache:
     """Complete shards in a folder of this node, shared by every process there, bounded in bytes.
 
-    A shard's file is named after its sha256, so equal names of two sets never meet. It is written
-    as a `.part` file whose full size is taken at once (so the bound counts it) and whose lock
-    distinguishes a live filler from a killed one. There is no owner and no bookkeeping but the
-    folder itself.
+    A shard's file is named after its sha256, so equal shard names of two sets do not collide. It is
+    written as a `.part` file, which reserves its full size immediately, so that the bound counts
+    it, and whose lock distinguishes a live filler from a killed one. There is no owner and no
+    bookkeeping besides the folder itself.
 
-    When space is needed, files that no process asks for are deleted: those of other data sets
-    first, then the newest of our own. Shards come round once per epoch, so deleting the least
-    recently used would always delete the next one to come; this way a fixed part of the set stays.
+    To free space, files that no process needs are deleted: those of other data sets first, then the
+    newest of this set. Each shard is used once per epoch, so evicting the least recently used one
+    would always evict the next one needed; this order keeps a fixed part of the set.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -100,18 +100,18 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the cache folder {folder}: {error.strerror}") from error
-        self.folder = folder.resolve()  # a link of the user's own is followed here, and only here
+        self.folder = folder.resolve()  # the user's own link is followed here, and only here
         self.limit = limit
 
     def path(self, shard: Shard) -> Path:
-        """Return where a shard is kept.
+        """Return the path of a shard in the cache.
 
         Raises:
-            ValueError: if its sha256 is none, and so no name of a file.
+            ValueError: if its sha256 is malformed, and so unfit for a file name.
         """
         if not HASH.fullmatch(shard.sha256):
             raise ValueError(
-                f"shard {shard.name}: its sha256 is {shard.sha256!r}, no 64 hex digits"
+                f"shard {shard.name}: its sha256 is {shard.sha256!r}, not 64 hex digits"
             )
         return self.folder / f"{shard.sha256}.tar"
 
@@ -120,12 +120,12 @@ class Cache:
         return self.path(shard).exists()
 
     def open(self, shard: Shard) -> int | None:
-        """Return a descriptor of a shard's file, or None if it is absent or not this user's.
+        """Open a shard's file and return its descriptor; None if absent or not this user's.
 
-        The owner of a file can put other pixels with fitting checksums into it at any time.
+        The owner of a file can replace its pixels and their checksums at any time.
         """
         with suppress(FileNotFoundError), closing(Folder(self.folder)) as folder:
-            # root can exchange any file of this user anyway
+            # root can replace any file of this user anyway
             descriptor = folder.open(self.path(shard).name, os.O_RDONLY)
             if os.fstat(descriptor).st_uid in (os.geteuid(), 0):
                 return descriptor
@@ -133,18 +133,19 @@ class Cache:
         return None
 
     def drop(self, shard: Shard) -> None:
-        """Delete a shard's file and free its space, even where a process has it open."""
+        """Delete a shard's file and free its space, even if a process has it open."""
         with suppress(FileNotFoundError), closing(Folder(self.folder)) as folder:
             folder.delete(self.path(shard).name)
 
     def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
-        """Reserve space for a shard; None if it exists, is another process's, or does not fit.
+        """Reserve space for a shard.
 
-        `keep` has the sha256 of the shards that must stay, `known` of all shards of this data set.
+        `keep` has the sha256 of the shards that must stay, `known` those of all shards of this data
+        set. None if the shard exists, does not fit, or is being filled by a different process.
 
         Raises:
-            ValueError: if something else than a file of the cache is in its place.
-            OSError: if the disk has no room, or fails.
+            ValueError: if its path is occupied by anything but a file of the cache.
+            OSError: if the disk is full or fails.
         """
         final = self.path(shard).name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,10 +153,10 @@ class Cache:
         part = Part(folder, f".{shard.sha256}.part", final)
         with ExitStack() as unless_taken:
             unless_taken.callback(part.close)
-            # only under the part's lock: its last filler may have published the shard just now
+            # tested under the part's lock: its last filler may have just published the shard
             if part.is_ours and not self.has(shard):
                 with folder.lock():
-                    # locked, or two processes would give the same space to two shards
+                    # locked, or two processes could give the same space to two shards
                     if self._make_room(folder, shard.bytes, part.name, keep, known):
                         _allocate(part.descriptor, shard.bytes)
                         unless_taken.pop_all()
@@ -163,7 +164,7 @@ class Cache:
         return None
 
     def trim(self, known: Set[str]) -> None:
-        """Delete what is above the limit, which may be lower than it was in an earlier run."""
+        """Delete files above the limit, which may have been higher in an earlier run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with closing(Folder(self.folder)) as folder, folder.lock():
             self._make_room(folder, 0, "", set(), known)
@@ -171,17 +172,17 @@ class Cache:
     def _make_room(
         self, folder: Folder, size: int, own: str, keep: Set[str], known: Set[str]
     ) -> bool:
-        """Delete what may go until `size` bytes fit; False if they do not."""
+        """Evict files until `size` bytes fit; False if they still do not."""
         used, droppable = 0, []
-        for name in os.listdir(folder.descriptor):  # noqa: PTH208 - a descriptor is no path
+        for name in os.listdir(folder.descriptor):  # noqa: PTH208 - a descriptor, not a path
             whole, part = WHOLE.fullmatch(name), PART.fullmatch(name)
-            # our own part is what `size` stands for
+            # `size` counts our own part already
             if name == own or not (whole or part):
                 continue
             with suppress(FileNotFoundError):
                 status = os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
-                    continue  # a different user's: it takes no room, and is refused when it is read
+                    continue  # a different user's: it takes no space, and reading it is refused
                 if part and _delete_abandoned(folder, name):
                     continue
                 used += status.st_size
@@ -193,19 +194,19 @@ class Cache:
         for _, freed, name in sorted(droppable):
             if used + size <= self.limit:
                 break
-            with suppress(PermissionError):  # a different user's: it stays, and counts
+            with suppress(PermissionError):  # a different user's: it stays, and still counts
                 folder.delete(name)
                 used -= freed
         return used + size <= self.limit
 
 
 class Part:
-    """A shard's file while it is being filled, in an open folder that is closed with it.
+    """A shard's file while it is filled, in an open folder that is closed with it.
 
-    The lock on its descriptor makes it ours; without the lock, `close` leaves the file as it is.
+    The lock on its descriptor makes it ours; without the lock, `close` keeps the file unchanged.
 
     Raises:
-        ValueError: if the name is not that of a file which the cache alone has.
+        ValueError: if the file is not regular, or has a second name elsewhere.
     """
 
     def __init__(self, folder: Folder, name: str, final: str) -> None:
@@ -215,37 +216,37 @@ class Part:
             opened.callback(folder.close)
             self.descriptor = folder.open(name, os.O_RDWR | os.O_CREAT)
             opened.callback(os.close, self.descriptor)
-            # written and cut at once: with another name it may be a file of the user's
+            # it will be truncated: with a second name it may be one of the user's files
             if os.fstat(self.descriptor).st_nlink > 1:
                 raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
-            # between opening and locking, the process that had it may have published or deleted it
+            # before the lock was taken, its previous filler may have published or deleted it
             self.is_ours = _lock(self.descriptor) and _is_named(folder, name, self.descriptor)
-            self.let_go = opened.pop_all().close  # which leaves the file as it is
+            self.let_go = opened.pop_all().close  # keeps the file unchanged
 
     def sha256(self) -> str:
-        """Return the hash of what was written."""
+        """Hash the bytes written so far."""
         # a duplicate: closing the descriptor itself would release the lock
         with os.fdopen(os.dup(self.descriptor), "rb") as stream:
             stream.seek(0)
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def publish(self) -> None:
-        """Make it the shard's file."""
+        """Rename it to the shard's final name."""
         descriptor = self._folder.descriptor
-        # not synced to the disk: a sample that a crash damages fails its crc32 and is fetched again
-        # a process that adds up the files now would look for it under neither of its names
+        # not synced to disk: a sample damaged by a crash fails its crc32 and is fetched again.
+        # Locked, or a process that adds up the files could find it under neither name
         with self._folder.lock():
             os.rename(self.name, self._final, src_dir_fd=descriptor, dst_dir_fd=descriptor)
 
     def close(self) -> None:
-        """Close the file; if it is ours and was not published, it is deleted."""
+        """Close the file, and delete it if it is ours and was not published."""
         if self.is_ours and _is_named(self._folder, self.name, self.descriptor):
             self._folder.delete(self.name)
         self.let_go()
 
 
 def _lock(descriptor: int) -> bool:
-    # the lock ends with its process, however that ends: so a part without one is abandoned
+    # the lock ends with its process, even a killed one: so a part without a lock is abandoned
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -254,7 +255,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
-    """Whether a name is still that of the file of the descriptor."""
+    """Whether a name still belongs to the descriptor's file."""
     with suppress(FileNotFoundError):
         status = os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)
         return os.path.samestat(status, os.fstat(descriptor))
@@ -262,11 +263,11 @@ def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
 
 
 def _delete_abandoned(folder: Folder, name: str) -> bool:
-    """Delete a part whose filler was killed; False if one is alive, or it may not be."""
+    """Delete a part whose filler was killed; False if it is alive, or deletion is not permitted."""
     with suppress(PermissionError), ExitStack() as opened:
         descriptor = folder.open(name, os.O_RDWR)
         opened.callback(os.close, descriptor)
-        # while we have the lock of the file that has the name, no process can put another there
+        # while we hold the lock of the file with this name, no process can replace it
         if _lock(descriptor) and _is_named(folder, name, descriptor):
             folder.delete(name)
             return True
@@ -274,8 +275,8 @@ def _delete_abandoned(folder: Folder, name: str) -> bool:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserve the disk's space now, so that a full disk is known before anything is fetched."""
+    """Reserve disk space now, so that a full disk is noticed before anything is fetched."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS has no such call; the size counts for the bound, the space is not reserved
+    else:  # macOS has no such call: the bound counts the size, but no space is reserved
         os.ftruncate(descriptor, size)

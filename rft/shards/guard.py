@@ -1,11 +1,11 @@
-"""No test image may be trained on or selected by, whatever its set is called.
+"""Keeps test images out of training and selection, whatever their set is called.
 
-A benchmark's test set, and one that is declared OOD, is refused by its manifest. A copy under
-another name is found by the hashes of its images (`rft.shards.samples`): a training set is held
-against every such set that lies beside it. Other places cannot be looked at.
+A benchmark's test set, and a set declared OOD, is refused by its manifest. A copy under a different
+name is found by the hashes of its images (`rft.shards.samples`): a training set is compared with
+every such set beside it. Sets elsewhere cannot be checked.
 
-A test set of own photos is not declared as one, and another training may have a part of it, so an
-evaluation counts what its models have seen (`seen_images`).
+A test set of own photos is not declared as such, and a different run may have trained on a part of
+it, so an evaluation counts the images that its models have seen (`seen_images`).
 """
 
 import contextlib
@@ -22,31 +22,32 @@ from rft.shards.root import packed_sets
 from rft.shards.samples import Samples
 from rft.storage import files
 
-OFFICIAL_COPIES = 1000  # one image of so many in ImageNet's training set may be a test image
+OFFICIAL_COPIES = 1000  # up to one image in so many of ImageNet's training set may be a test image
 
-EVALUATED = "those that are evaluated"
+EVALUATED = "those of the evaluated sets"
 
 log = logging.getLogger(__name__)
 
 
 def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.ndarray) -> None:
-    """Check that a set below a data root may be trained on, and its held-out part selected by.
+    """Check that a set below a data root may be used for training and selection.
 
     Args:
         root: the data root.
-        name: of the training set below it.
+        name: the training set's name below it.
         manifest: its manifest.
         key_N: the keys of its index, for the message.
 
     Raises:
-        ValueError: if it is a test set, or holds an image of one that lies beside it.
+        ValueError: if it is a test set, or holds an image of a test set beside it.
     """
     url = files.join(root, name)
     if is_test_set(manifest):
         what = "an out-of-distribution" if manifest.is_ood else "a"
         raise ValueError(
-            f"{url} is {what} test set ({manifest.dataset}), so nothing is trained on it or "
-            "selected by it; name another set with --train-set"
+            f"{url} is {what} test set ({manifest.dataset}), so it cannot be used for training or "
+            "selection; name a different set with --train-set "
+            "(docs/data.md#no-training-on-test-images)"
         )
     others = _test_sets(root, name)
     if not others:
@@ -70,17 +71,17 @@ def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.n
         images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
         held = f"{url} holds {images} of {', '.join(found)} (first: {first!r})"
         if manifest.dataset == TRAIN_SET and source_N.size > len(rows) * OFFICIAL_COPIES:
-            # as its authors published it, with a few copies among over a million images
+            # published with a few copies of test images among over a million
             log.warning(held)
             return
         raise ValueError(
-            f"{held}, which {which}: an accuracy there would mean nothing; take them out of the "
-            "training set and pack it again"
+            f"{held}, which {which}, so its accuracy would be meaningless; remove them from the "
+            "training set and pack it again (docs/data.md#no-training-on-test-images)"
         )
 
 
 def is_test_set(manifest: Manifest) -> bool:
-    """Whether a set is known to be there for tests alone: a benchmark's, or one declared OOD."""
+    """Whether a set is known to be only for testing: a benchmark's, or one declared OOD."""
     return manifest.is_ood or manifest.dataset == ID_SET
 
 
@@ -90,17 +91,17 @@ def seen_images(
     tests: Mapping[str, Manifest],
     parts: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, int]:
-    """Return how many images of each set below a data root a model was trained on, if any.
+    """Count the images of each set below a data root that a model was trained on, if any.
 
     Args:
         root: the data root.
-        trained_on: name and manifest's hash of each packed set that the model has seen. What its
-            training held out counts as seen, as it selected the weights.
+        trained_on: name and manifest's hash of each packed set that the model has seen. Held-out
+            images count as seen, because they selected the weights.
         tests: name of each set -> its manifest.
-        parts: manifest's hash of a set that it has not seen all of -> numbers of the samples that
-            it has seen, held-out ones among them.
+        parts: manifest's hash of a set that it has only partly seen -> numbers of the samples that
+            it has seen, held-out ones included.
 
-    What cannot be compared because a file is damaged is warned of.
+    Sets with damaged files cannot be compared; a warning names them.
     """
     hashes = {sha256 for _, sha256 in trained_on}
     whole = {
@@ -116,7 +117,7 @@ def seen_images(
             if not files.exists(files.join(url, MANIFEST)):
                 continue
             manifest = Manifest.load(url)
-            # sets of older versions have no hashes, which the training warned of
+            # sets of older versions have no hashes; the training run has warned of that
             if manifest.sha256 != sha256 or manifest.samples_sha256 is None:
                 continue
         except ValueError as error:
@@ -139,7 +140,7 @@ def seen_images(
 
 
 def _source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:
-    """Return the hashes of a set's images; None, with a warning, if they cannot be read."""
+    """Load the hashes of a set's images; None, with a warning, if they cannot be read."""
     try:
         return Samples.load(url, manifest).source
     except ValueError as error:
@@ -148,7 +149,7 @@ def _source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:
 
 
 def _test_sets(root: str, name: str) -> dict[str, Manifest]:
-    """Return the test sets beside a set, by name; a damaged one is warned of."""
+    """Find the test sets beside a set, by name; warns of a damaged one."""
     found = {}
     for other in _beside(root):
         if other == name:
@@ -156,7 +157,7 @@ def _test_sets(root: str, name: str) -> dict[str, Manifest]:
         try:
             manifest = Manifest.load(files.join(root, other))
         except ValueError as error:
-            # whether it is one is not known, and it is not what this command was asked to read
+            # it may not be a test set, and this command does not need it: warn by name only
             if other in TEST_SETS:
                 _warn(files.join(root, other), f"its images with those of {name}", str(error))
             continue
@@ -166,8 +167,8 @@ def _test_sets(root: str, name: str) -> dict[str, Manifest]:
 
 
 def _beside(root: str) -> list[str]:
-    """Name the packed sets below a root; of one that cannot be listed, the benchmarks'."""
-    # a store may let its files be read and not listed, and a web server has no list
+    """List the packed sets below a root; if it cannot be listed, try the benchmarks' names."""
+    # some stores permit reading but not listing, and web servers have no listing
     if not root.startswith(("http://", "https://")):
         with contextlib.suppress(OSError, ValueError):
             return packed_sets(root, most=None)

@@ -1,7 +1,7 @@
-"""Where each sample lies and which class it has: `index.npz`, a row for each sample.
+"""The location and class of each sample: `index.npz`, one row per sample.
 
-Sample i of a set is row i, rows are in shard order, and row i says where in its shard the payload
-lies and which crc32 it must have. So any sample is one read, whatever its shard.
+Sample i of a set is row i, in shard order. Its row has the position of the payload in its shard and
+the payload's crc32, so any sample takes a single read.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from rft.shards.folder import INDEX
 from rft.shards.manifest import AGAIN, Manifest
 from rft.storage import files
 
-KEY_BYTES = 1024  # of the longest key; each key of an index takes as many
-KEYS_AT_ONCE = 2**16  # that are checked together: masks of all keys would be several indexes
-HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
-# The index is read whole, and twice that is in memory for a moment: 600 MiB stay within 2 GB. They
+KEY_BYTES = 1024  # of the longest key; every key of an index takes as much space as the longest
+KEYS_AT_ONCE = 2**16  # checked together: masks of all keys would take several times the index
+HEADERS_BYTES = 2**14  # more than an index has besides its rows
+# The index is read at once, and is in memory twice for a moment: 600 MiB stay within 2 GB. They
 # hold 15 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
 INDEX_BYTES = 600 * 2**20
 
@@ -31,8 +31,8 @@ class Index:
     """Per-sample columns, all of length N, in shard order.
 
     `offset` and `length` (bytes) locate the payload inside its shard's tar; `label` is a class id
-    of the manifest's label space; `width` and `height` are the source image's, in pixels, after
-    own photos are turned upright; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
+    of the manifest's label space; `width` and `height` are those of the source image, in pixels, of
+    own photos after turning; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
     """
 
     offset: Annotated[np.ndarray, np.uint64]
@@ -44,32 +44,32 @@ class Index:
     key: Annotated[np.ndarray, np.bytes_]
 
     def to_bytes(self) -> bytes:
-        """Return the content of `index.npz`; the same columns give the same bytes.
+        """Serialise as the content of `index.npz`; the same columns give the same bytes.
 
         Raises:
             ValueError: if readers would refuse it.
         """
         if self.key.itemsize > KEY_BYTES:
             raise ValueError(
-                f"a key has {self.key.itemsize:,} letters, at most {KEY_BYTES:,} are read; shorten "
-                f"the names of the images"
+                f"a key has {self.key.itemsize:,} letters, more than the limit of {KEY_BYTES:,}; "
+                f"shorten the names of the images"
             )
         stream = io.BytesIO()
-        # zipfile dates members that are written so 1980-01-01: no clock gets into the bytes
+        # members written this way are dated 1980-01-01, so the bytes do not depend on the clock
         np.savez(stream, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         if (size := stream.tell()) > INDEX_BYTES:
             raise ValueError(
-                f"the index of {len(self.key):,} samples has {size:,} bytes, more than the "
-                f"{INDEX_BYTES:,} that are read; make several sets of them"
+                f"the index of {len(self.key):,} samples has {size:,} bytes, more than the limit "
+                f"of {INDEX_BYTES:,}; split them into several sets"
             )
         return stream.getvalue()
 
     @staticmethod
     def load(url: str, manifest: Manifest) -> "Index":
-        """Read `url/index.npz` and hold it against the manifest.
+        """Read `url/index.npz` and check it against the manifest.
 
         Raises:
-            ValueError: if the file is absent or was changed, or a row cannot be right.
+            ValueError: if the file is absent or was changed, or a row is invalid.
         """
         index = Index.read(url, manifest)
         for rows, what in index.unusable(manifest):
@@ -81,14 +81,14 @@ class Index:
 
     @staticmethod
     def read(url: str, manifest: Manifest) -> "Index":
-        """Read `url/index.npz`, whatever its rows hold: verification reports them all.
+        """Read `url/index.npz` without checking its rows, for verification, which reports them all.
 
         Raises:
-            ValueError: if the file is absent or was changed, or its columns are not those of the
+            ValueError: if the file is absent or was changed, or its columns do not fit the
                 manifest's samples.
         """
         path = files.join(url, INDEX)
-        # as many rows as the manifest says
+        # the size for as many rows as the manifest has samples
         limit = min(manifest.samples * (ROW_BYTES + KEY_BYTES) + HEADERS_BYTES, INDEX_BYTES)
         columns = read_columns(path, limit, manifest.index_sha256)
         if fault := _column_fault(columns, manifest.samples):
@@ -101,45 +101,45 @@ class Index:
             keys = self.key[start : start + KEYS_AT_ONCE]
             # (rows, letters)
             letters = keys.view(np.uint8).reshape(len(keys), -1)
-            # NumPy fills texts up with zeros, which are no letters; a zero before a letter is one
+            # NumPy pads texts with zeros, which do not count; a zero before a letter does
             wrong = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
             inside = (letters[:, :-1] == 0) & (letters[:, 1:] > 0)
             odd[start : start + len(keys)] = wrong.any(axis=1) | inside.any(axis=1)
         return np.flatnonzero(odd)
 
     def unusable(self, manifest: Manifest) -> Iterator[tuple[np.ndarray, str]]:
-        """Yield the rows that no reader may use, ascending, for each thing that is wrong with some.
+        """Yield the rows that no reader may use, ascending, with the fault: once per kind of fault.
 
-        A label must be a class that is scored, or its sample would count as right or wrong whatever
-        is predicted. A payload must lie in its shard. A key is printed and has ASCII letters alone.
+        A label must be a scored class, or every prediction of its sample would count the same. A
+        payload must lie in its shard. A key must be printable ASCII, because it is printed.
         """
-        yield self._odd_keys(), "its key is no printable ASCII text"
+        yield self._odd_keys(), "its key is not printable ASCII text"
         classes = len(manifest.classes)
         known = (self.label >= 0) & (self.label < classes)
-        yield np.flatnonzero(~known), f"its label is none of the {classes} classes"
-        # 0 stands in for labels out of range, which are faults already
+        yield np.flatnonzero(~known), f"its label is not one of the {classes} classes"
+        # 0 replaces labels out of range, which were reported above
         scored = manifest.class_to_group()[np.where(known, self.label, 0)] >= 0
-        yield np.flatnonzero(known & ~scored), "its label lies in no group, so it never scores"
+        yield np.flatnonzero(known & ~scored), "its label is in no group, so it never scores"
         sizes = [shard.bytes for shard in manifest.shards]
         size = np.repeat(np.array(sizes, float), [shard.samples for shard in manifest.shards])
-        # as floats, because a damaged uint64 would wrap around; payloads fill whole blocks, and the
-        # archive's end follows the last one
+        # as floats, because a damaged uint64 would wrap around; payloads are padded to full blocks,
+        # and the archive's end follows the last one
         ends = self.offset.astype(float) + np.ceil(self.length / tar.BLOCK) * tar.BLOCK
         yield np.flatnonzero(ends + tar.END > size), "its payload reaches beyond the shard's bytes"
 
 
 COLUMNS = {name: hint.__metadata__[0] for name, hint in Index.__annotations__.items()}
-ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
+ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # without the key
 
 
 def _column_fault(columns: dict[str, np.ndarray], samples: int) -> str:
-    """Explain why columns of an index cannot be those of so many samples; empty if they can."""
+    """Explain why an index's columns do not fit a number of samples; empty if they do."""
     if columns.keys() != COLUMNS.keys():
         return f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
     for name, kind in COLUMNS.items():
         column = columns[name]
         expected = np.dtype(kind)
-        # texts are as long as the longest one
+        # the length of text columns depends on the longest key
         same = column.dtype.kind == "S" if kind is np.bytes_ else column.dtype == expected
         if not same or column.ndim != 1:
             return f"column {name} must be a list of {expected}, not {column.dtype} {column.shape}"

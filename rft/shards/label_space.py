@@ -1,8 +1,8 @@
-"""What a class id means: folder names, names and prompts, in label order.
+"""The meaning of class ids: folder names, class names and prompts, in label order.
 
 A label space is an ordered list of ids (folder names such as WordNet ids); the class id is the
-position in that list. Nothing here imports torch: ImageNet's lists are read from the files that
-timm and open_clip carry, because importing either package costs seconds.
+position in that list. Nothing here imports torch: ImageNet's lists are read from files inside timm
+and open_clip, because importing either package takes seconds.
 """
 
 import logging
@@ -16,8 +16,8 @@ from rft.storage import files
 from rft.storage.documents import Text, document
 from rft.text import shown
 
-MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
-CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them their own
+MARK = "{c}"  # the class name's position in a template; CLIP_benchmark's convention
+CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them start and end
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ class LabelSpace:
     """Classes in label order: `ids` are folder names, `names` are words for the text encoder.
 
     `templates` are the prompts, with `{c}` for the class name. All texts are in Unicode's composed
-    form (NFC), so a name read from a disk has to be brought into it before it is compared.
+    form (NFC), so names read from a disk must be composed before they are compared.
 
     Raises:
-        ValueError: if the lists do not fit together, there are fewer than two classes, or a text
-            is empty or cannot be written in one line.
+        ValueError: if the lists are inconsistent, there are fewer than two classes, or a text is
+            empty or does not fit on one line.
     """
 
     ids: tuple[Text, ...]
@@ -48,8 +48,8 @@ class LabelSpace:
             raise ValueError(f"class id {repeated[0]!r} occurs more than once")
         if twins := find_twins(self.ids):
             raise ValueError(
-                f"class ids {twins[0]!a} and {twins[1]!a} are one name in different Unicode forms; "
-                f"keep one"
+                f"class ids {twins[0]!a} and {twins[1]!a} are the same name in different Unicode "
+                f"forms; keep one"
             )
         for name, words in zip(self.ids, self.names, strict=True):
             _require_words(name, words)
@@ -61,7 +61,7 @@ class LabelSpace:
             raise ValueError(
                 f"{shown(self.ids[0])} is the only class; with one class every prediction is right"
             )
-        # last: composed before, twins would look like one id that occurs twice
+        # last: if composed before, twins would look like one repeated id
         for field in ("ids", "names", "templates"):
             object.__setattr__(self, field, tuple(map(composed, getattr(self, field))))
 
@@ -70,23 +70,23 @@ class LabelSpace:
 
     @property
     def class_of(self) -> dict[str, int]:
-        """Class ids by folder name."""
+        """Map each folder name to its class id."""
         return {name: class_id for class_id, name in enumerate(self.ids)}
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The scoring rule of a set of all classes: each is a group of its own."""
+        """The scoring rule of a set with all classes: each class is its own group."""
         return tuple((class_id,) for class_id in range(len(self)))
 
     @property
     def classes(self) -> Classes:
-        """The classes, to compare with those of a head or a packed set."""
+        """The classes, for comparison with those of a head or a packed set."""
         prompts = prompts_sha256(self.names, self.templates)
         return Classes(ids=self.ids, names=self.names, prompts_sha256=prompts)
 
     @staticmethod
     def imagenet() -> "LabelSpace":
-        """Return ImageNet-1k: WordNet ids in label order, OpenAI's class names and 80 prompts."""
+        """Load ImageNet-1k: WordNet ids in label order, OpenAI's class names and 80 prompts."""
         text = (packages.folder("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text()
         metadata = packages.part("open_clip", "zero_shot_metadata")
         return LabelSpace(
@@ -111,16 +111,16 @@ def scoring_hash(
     templates: Sequence[str],
     groups: Sequence[Sequence[int]],
 ) -> str:
-    """Hash a label space and scoring rule: a plan keeps it, to be compared with a manifest's.
+    """Hash a label space and scoring rule, for a plan, which is compared with the manifest.
 
-    Short, because it is for people to compare; there is no reason to forge it.
+    The hash is short: nothing is gained by forging it.
     """
     space = {"ids": ids, "names": names, "templates": templates}
     return files.sha256_json([space, groups])[:16]
 
 
 def choose_labels(path: str | None) -> LabelSpace:
-    """Read the label space of `--classes`, or take ImageNet's; warn of what is odd in the former.
+    """Load the label space of `--classes`, with warnings of oddities, or ImageNet's by default.
 
     Raises:
         ValueError: as `LabelSpace.load`.
@@ -129,25 +129,28 @@ def choose_labels(path: str | None) -> LabelSpace:
     if path is None:
         return imagenet
     labels = LabelSpace.load(path)
-    # ImageNet's own list has classes of the same words
+    # not for ImageNet's own list, in which some classes share their words
     for doubt in doubts(labels) if labels.names != imagenet.names else ():
         log.warning(doubt)
     return labels
 
 
 def doubts(labels: LabelSpace) -> list[str]:
-    """List what is legal in a label space and rarely meant: equal words, prompts that are long."""
+    """List oddities of a label space that are legal but rarely intended: equal names, long prompts.
+
+    Each is a text for a warning.
+    """
     found = []
-    # by words in lower case with single spaces, as CLIP's tokenizer reads them
+    # compared in lower case with single spaces, as CLIP's tokenizer reads them
     first: dict[str, str] = {}
     for name, words in zip(labels.ids, labels.names, strict=True):
         other = first.setdefault(" ".join(words.casefold().split()), name)
         if other != name:
             found.append(
                 f"classes {shown(other)} and {shown(name)} have the same words ({shown(words)}), "
-                f"so the zero-shot head cannot tell one from the other"
+                f"so the zero-shot head cannot distinguish them"
             )
-    # a word is one token or more; the number depends on the model and is checked when it is known
+    # a word is at least one token; the exact number depends on the model and is checked later
     longest = max(labels.templates, key=lambda template: len(template.split()))
     for name, words in zip(labels.ids, labels.names, strict=True):
         count = len(longest.replace(MARK, words).split())
@@ -162,15 +165,15 @@ def doubts(labels: LabelSpace) -> list[str]:
 def _require_words(name: str, words: str) -> None:
     _require_text(f"the id of class {shown(name)}", name)
     _require_text(f"the name of class {shown(name)}", words)
-    # spaces, underscores and invisible characters are no words
+    # spaces, underscores and invisible characters do not count as words
     if all(unicodedata.category(letter)[0] in "ZC" or letter == "_" for letter in words):
         raise ValueError(
             f"the name of class {shown(name)} is {shown(words)}, which has no words for the text "
-            f"encoder; name the class in --classes"
+            f"encoder; give it a name in --classes"
         )
 
 
 def _require_text(what: str, text: str) -> None:
     # class lists beside the shards have one name per line; a lone surrogate is not UTF-8
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
-        raise ValueError(f"{what} is {text!a}: line breaks and control characters cannot be used")
+        raise ValueError(f"{what} is {text!a}: line breaks and control characters are not allowed")

@@ -1,8 +1,8 @@
-"""What a packed set is: `manifest.json` beside its shards.
+"""The description of a packed set: `manifest.json` beside its shards.
 
-The manifest is the only thing readers trust: it has the shards with their hashes, what labels mean
-and how they are scored, how images are encoded, and the hash of the index (`rft.shards.index`). No
-torch here: packing tools and reports read this too.
+Readers trust only the manifest: it has the shards with their hashes, the meaning of labels and the
+scoring rule, the encoding of images, and the hash of the index (`rft.shards.index`). No torch here:
+packing tools and reports read this too.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ from rft.text import short
 
 SCHEMA = 1
 CLASSES = 100_000  # ImageNet-21k has 21,841
-TEMPLATES = 1000  # OpenAI's are 80; a head is made of all of them for each class
+TEMPLATES = 1000  # OpenAI has 80; a head is made from all of them for each class
 DOMAINS = 100_000  # iWildCam has 323
 AGAIN = "pack or index the set again"
-STORES_SHOWN = 3  # in one line
+STORES_SHOWN = 3  # on one line
 ShardName = Annotated[Name, Field(max_length=2000)]
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class Shard:
     """One tar file of the dataset.
 
-    `name` is relative to the manifest's folder, or a whole URL where a manifest was made for shards
-    that lie elsewhere: see `rft.storage.urls.check_shard_name`.
+    `name` is relative to the manifest's folder, or a complete URL for shards stored elsewhere: see
+    `rft.storage.urls.check_shard_name`.
     """
 
     name: ShardName
@@ -53,16 +53,16 @@ class Shard:
 
 @document
 class Manifest:
-    """Everything about a packed dataset but its per-sample rows.
+    """Everything about a packed dataset except its per-sample rows.
 
     `classes` and `templates` describe the label space (index = class id; `{c}` marks the name);
-    `class_ids` are the classes' folder names, empty in manifests that were written without them.
-    `groups` is the scoring rule: a prediction is the argmax over the classes named in any group,
-    and it is right when it lies in the same group as the label. ImageNet has one group for each
-    class, ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
-    `samples_sha256` is of `rft.shards.samples`, whose `domain` counts in `domains`. `score` is the
-    number that the set is known by; `ood` declares that it counts into the OOD average, which the
-    five benchmarks do without (`is_ood`).
+    `class_ids` are the classes' folder names, empty in manifests written without them. `groups` is
+    the scoring rule: a prediction is the argmax over the classes named in any group, and it is
+    correct if it is in the same group as the label. ImageNet has one group for each class,
+    ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
+    `samples_sha256` is the hash of `rft.shards.samples`, whose `domain` indexes `domains`. `score`
+    is the set's headline metric. `ood` declares that it counts in the OOD average; the five
+    benchmarks need no declaration (`is_ood`).
     """
 
     dataset: Name
@@ -86,7 +86,7 @@ class Manifest:
             raise ValueError(f"templates: {short(unmarked[0])} has no {MARK} for the class name")
         ids = self.class_ids
         if ids and not len(set(ids)) == len(ids) == len(self.classes):
-            raise ValueError("class_ids must be as many as classes, and all different")
+            raise ValueError("class_ids must be as many as classes, and distinct")
         for fault in group_faults(self.groups, len(self.classes)):
             raise ValueError(fault)
         require_declarable(self.dataset, self.score, ood=self.ood)
@@ -99,22 +99,20 @@ class Manifest:
             raise ValueError("the shards hold no samples")
         first: dict[str, str] = {}
         for shard in self.shards:
-            # empty tars are all the same bytes, and nothing in them counts
+            # empty tars all have the same bytes, and no samples to count twice
             if shard.samples and (name := first.setdefault(shard.sha256, shard.name)) != shard.name:
                 raise ValueError(
                     f"shards: {name!r} and {shard.name!r} hold the same bytes, so samples would "
-                    "count twice; name one of them"
+                    "count twice; list only one of them"
                 )
 
     def _require_domains(self) -> None:
         if len(set(self.domains)) < len(self.domains):
-            raise ValueError("domains must be all different")
+            raise ValueError("domains must be distinct")
         if self.domains and self.samples_sha256 is None:
-            raise ValueError(
-                "domains are named, and samples_sha256 of the file that has them is not"
-            )
+            raise ValueError("domains need samples_sha256, the hash of the file that assigns them")
         if self.score in get_args(DomainScore) and not self.domains:
-            raise ValueError(f"score is {self.score!r}, and the set has no domains")
+            raise ValueError(f"score is {self.score!r}, but the set has no domains")
 
     @property
     def samples(self) -> int:
@@ -123,34 +121,34 @@ class Manifest:
 
     @property
     def is_ood(self) -> bool:
-        """Whether it counts into the OOD average: nothing may be trained or selected on it."""
+        """Whether it counts in the OOD average: it may not be used for training or selection."""
         return self.ood or self.dataset in OOD_SETS
 
-    @cached_property  # kept in __dict__, past the setattr that a frozen class forbids
+    @cached_property  # stores into __dict__, so it works in a frozen class
     def sha256(self) -> str:
         """Hash of the manifest's content: the identity of the data."""
         return files.sha256_json(self._document())
 
     def other_stores(self, url: str) -> list[str]:
-        """Return the hosts and buckets that hold shards and are not that of the manifest's `url`.
+        """List the hosts and buckets of shards that differ from the one of the manifest's `url`.
 
-        Files elsewhere on this machine are not among them: reading these is not announced.
+        Local files in other folders are not included: reading them is not announced.
         """
-        # a set would print them in a different order each time
+        # a dict, because a set would print them in a different order each time
         places = dict.fromkeys(urls.place(shard.name) for shard in self.shards)
         return [place for place in places if place not in ("", urls.place(url))]
 
     @property
     def label_space(self) -> Classes:
-        """What the labels mean, to compare with the classes of a head."""
+        """The meaning of the labels, for comparison with the classes of a head."""
         prompts = prompts_sha256(self.classes, self.templates)
         return Classes(ids=self.class_ids, names=self.classes, prompts_sha256=prompts)
 
     def class_to_group(self) -> np.ndarray:
-        """Look up the group that each class scores in, -1 if its logit takes no part. (K,)."""
+        """Map each class to the group it scores in, -1 if its logit is excluded. Shape (K,)."""
         table = np.full(len(self.classes), -1, dtype=np.int64)
         for group, members in enumerate(self.groups):
-            # a list: NumPy takes a tuple for one index per axis
+            # a list: NumPy interprets a tuple as one index per axis
             table[list(members)] = group
         return table
 
@@ -159,14 +157,14 @@ class Manifest:
         """Read `url/manifest.json`.
 
         Raises:
-            ValueError: if it is absent (the folder was not finalised), damaged, of another schema,
-                or holds values that cannot be right.
+            ValueError: if it is absent (packing has not finished), damaged, of a different schema,
+                or holds invalid values.
         """
         path = files.join(url, MANIFEST)
         try:
             data = files.read_bytes(path)
         except ValueError as error:
-            # `read_bytes` raises ValueError for every fault; its cause shows an absent file
+            # `read_bytes` raises ValueError for every fault; only its cause reveals an absent file
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             hint = why_missing(url)
@@ -178,7 +176,7 @@ class Manifest:
         except ValueError as error:
             newer = "a newer rft may read it; " if documents.names_unknown(error) else ""
             raise ValueError(f"{error}; {newer}{AGAIN}") from error
-        # not in Shard: which names are allowed depends on where the manifest lies
+        # not checked in Shard: which names are allowed depends on the manifest's location
         for number, shard in enumerate(manifest.shards):
             try:
                 urls.check_shard_name(shard.name, url)
@@ -193,7 +191,7 @@ class Manifest:
 
     def _document(self) -> dict[str, Any]:
         document = dataclasses.asdict(self)
-        # a manifest from before there were these keeps its hash: finished runs know the data by it
+        # an older manifest without these fields keeps its hash, by which runs identify the data
         for field in dataclasses.fields(self):
             if field.name in LATER and document[field.name] == field.default:
                 del document[field.name]
@@ -201,45 +199,45 @@ class Manifest:
 
 
 LATER = ("class_ids", "samples_sha256", "domains", "score", "ood")
-"""Fields that older manifests lack: they are written where they are not at their defaults."""
+"""Fields that older manifests lack: written only if they differ from their defaults."""
 
 
 def declared(score: Score, *, ood: bool) -> dict[str, Any]:
-    """Return what plan.json records of a declaration; older plans have nothing of the usual one."""
+    """Build plan.json's record of a declaration; the default adds nothing, as in older plans."""
     return {**({"score": score} if score != "top1" else {}), **({"ood": True} if ood else {})}
 
 
 def require_declarable(dataset: str, score: Score, *, ood: bool) -> None:
-    """Check that what is declared of a set does not contradict what is known of a benchmark.
+    """Check that a set's declaration does not contradict a benchmark's fixed properties.
 
     Raises:
         ValueError: naming the set.
     """
     if dataset in BENCHMARKS and (ood or score != "top1"):
         raise ValueError(
-            f"{dataset} is a benchmark: its score (top1) and whether it counts into the OOD "
-            "average follow from its name, so neither is declared"
+            f"{dataset} is a benchmark: its name determines its score (top1) and whether it counts "
+            "in the OOD average; leave out --score and --ood"
         )
 
 
 def require_named(url: str, dataset: str) -> None:
-    """Check that a folder with the name of a benchmark holds that benchmark.
+    """Check that a folder named after a benchmark holds that benchmark.
 
-    Counts are stored and reported under the folder's name. Other names are the user's own.
+    Results are stored and reported under the folder's name. All other names are free.
 
     Raises:
-        ValueError: naming both.
+        ValueError: with both names.
     """
     name = files.name_of(url)
     if name in BENCHMARKS and dataset != name:
         raise ValueError(
-            f"{url} is called {name}, but the set in it is {dataset!r} and would count as {name}; "
-            f"rename the folder, or index its shards anew with --dataset {name} if they are that"
+            f"{url} is named {name}, but holds {dataset!r}, whose results would count as {name}; "
+            f"rename the folder, or index its shards again with --dataset {name} if that is right"
         )
 
 
 def note_other_stores(url: str, manifest: Manifest) -> None:
-    """Print which hosts or buckets besides the manifest's own will get requests for its shards."""
+    """Log which hosts or buckets, besides the manifest's own, will receive requests."""
     if others := manifest.other_stores(url):
         more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
         own = any(urls.place(shard.name) not in others for shard in manifest.shards)
@@ -251,15 +249,16 @@ def note_other_stores(url: str, manifest: Manifest) -> None:
 
 
 def warn_of_one_class(url: str, groups: Sequence[Sequence[int]]) -> None:
-    """Warn of a packed set that scores a single class: its accuracy is 100 whatever the model."""
+    """Warn of a packed set that scores a single class: every model has an accuracy of 100."""
     if len(groups) == 1:
-        log.warning(f"{url} scores a single class, so every prediction counts as right")
+        log.warning(f"{url} scores a single class, so every prediction counts as correct")
 
 
 def group_faults(groups: Sequence[Sequence[int]], classes: int) -> Iterator[str]:
-    """Yield what makes groups no scoring rule over so many classes.
+    """Yield the faults of groups as a scoring rule over a number of classes.
 
-    There must be a group, none empty, of class ids in range, each in one group at most.
+    There must be at least one group, none may be empty, and each class id must be in range and in
+    at most one group.
     """
     if not groups:
         yield "groups must name at least one group of class ids"
@@ -271,7 +270,8 @@ def group_faults(groups: Sequence[Sequence[int]], classes: int) -> Iterator[str]
             here = f"groups[{number}][{place}]"
             if not 0 <= class_id < classes:
                 yield f"{here} must be a class id from 0 to {classes - 1}, not {class_id!r}"
+            # a class in two groups would make a prediction correct for both
             elif class_id in group_of:
-                yield f"{here}: class {class_id} is in groups[{group_of[class_id]}] already"
+                yield f"{here}: class {class_id} is already in groups[{group_of[class_id]}]"
             else:
                 group_of[class_id] = number

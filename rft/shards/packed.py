@@ -1,8 +1,8 @@
-"""One packed set, read by sample number: its checked bytes. No torch.
+"""One packed set, read by sample number, with verified bytes. No torch.
 
-A sample is read by its offset in the index and checked against its crc32; tar headers are never
-parsed, so a short or damaged shard is an error with a name, not a shorter epoch. Batches of images
-for a model are `rft.loading.dataset`'s.
+A sample is read at its offset in the index and checked against its crc32. Tar headers are never
+parsed, so a truncated or damaged shard is an error that names it, not a shorter epoch.
+`rft.loading.dataset` makes batches of images for a model.
 """
 
 import os
@@ -20,11 +20,11 @@ from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import RangeError, Shards
 
-PAYLOAD_BYTES = 2**28  # of image files that are in memory together
+PAYLOAD_BYTES = 2**28  # of image files that are in memory at a time
 
 
 class _Row(NamedTuple):
-    """Where one sample's payload lies and what it must be."""
+    """The location of one sample's payload, and its checksum."""
 
     sample: int
     shard: int
@@ -51,7 +51,7 @@ class PackedSet:
         self._payload = payload_of(self.manifest.encoding)
         self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
-        # samples are numbered shard by shard: each end is the number of the next shard's first one
+        # samples are numbered shard by shard: each end is the first number of the next shard
         self.shard_ends = np.cumsum(sizes)
         self.shards = Shards(url, self.manifest.shards, cache=cache)
         self._npy_header = b""
@@ -62,11 +62,11 @@ class PackedSet:
         return len(self.index.label)
 
     def payload(self, sample: int) -> bytes:
-        """Return the stored bytes of a sample's image; raises what `payloads` does."""
+        """Read the stored bytes of a sample's image; raises as `payloads`."""
         return self.payloads(np.array([sample]))[0]
 
     def payloads(self, samples: np.ndarray) -> list[bytes]:
-        """Return the stored bytes of some samples; remote ones are requested concurrently.
+        """Read the stored bytes of some samples; remote ones are requested concurrently.
 
         Raises:
             ValueError: naming shard, key and offset if they are not the bytes that were packed.
@@ -91,7 +91,7 @@ class PackedSet:
         return [data for data in found if data is not None]
 
     def picture(self, sample: int, data: bytes) -> Image.Image:
-        """Decode a sample's stored bytes to RGB, in their own size and without the set's border.
+        """Decode a sample's stored bytes to RGB, at their own size and without the set's border.
 
         Raises:
             ValueError: naming shard, key and offset if they cannot be decoded.
@@ -111,17 +111,17 @@ class PackedSet:
         return self.index.key[sample].decode()
 
     def shard_of(self, sample: int) -> int:
-        """Return the number of the shard that holds a sample."""
-        # right: an end belongs to the next shard, and shards without samples are passed over
+        """Find the number of the shard that holds a sample."""
+        # right: an end belongs to the next shard, and empty shards are skipped
         return int(np.searchsorted(self.shard_ends, sample, side="right"))
 
     def shard_sizes(self, samples: np.ndarray) -> tuple[int, ...]:
-        """Return how many of the given sorted sample numbers lie in each shard."""
+        """Count how many of the given sorted sample numbers lie in each shard."""
         ends = np.searchsorted(samples, self.shard_ends)
         return tuple(np.diff(ends, prepend=0).tolist())
 
     def _rows(self, samples: np.ndarray) -> "list[_Row]":
-        """Return where some samples lie."""
+        """Look up the locations of some samples."""
         index = self.index
         columns = (
             samples,
@@ -133,7 +133,7 @@ class PackedSet:
         return list(map(_Row, *(column.tolist() for column in columns)))
 
     def _from_disk(self, row: "_Row") -> bytes | None:
-        """Return a sample's checked bytes from a local or cached shard, None if it is neither."""
+        """Read a sample's verified bytes from a local or cached shard, None if it is neither."""
         descriptor = self._descriptor(row)
         if descriptor is None:
             return None
@@ -147,7 +147,7 @@ class PackedSet:
             raise ValueError(f"missing shard: {self._where(row)}; copy or pack it again") from error
 
     def _is_good(self, row: "_Row", length: int, checksum: int) -> bool:
-        """Check what came from a disk; bad bytes of the cache are thrown away, others an error."""
+        """Check bytes from disk: in the cache, bad ones are discarded; elsewhere, an error."""
         if self.shards.is_local(row.shard):
             self._require_whole(row, length, checksum)
             return True
@@ -169,8 +169,8 @@ class PackedSet:
         size = self.manifest.encoding["size"]
         if header != self._npy_header or row.length != len(header) + 3 * size**2:
             raise ValueError(
-                f"{self._where(row)} is no array of 3 x {size} x {size} pixels, as its manifest "
-                "says; pack the set again"
+                f"{self._where(row)} is not the array of 3 x {size} x {size} pixels that its "
+                "manifest declares; pack the set again"
             )
 
     def _where(self, row: "_Row") -> str:
@@ -180,13 +180,13 @@ class PackedSet:
         return f"sample {self.key(row.sample)!r}, offset {row.offset}"
 
     def _require_affordable(self) -> None:
-        """Check what the index says of the largest image, before any is read."""
+        """Check the size of the largest image in the index, before any is read."""
         index, name = self.index, f"{self.url}: its largest"
         require_affordable(int(index.length.max(initial=0)), f"{name} file", self.max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
-        # payloads of other encodings have the model's size, whatever that of their originals
+        # payloads of other encodings have the model's size, whatever their originals had
         if self._payload.is_source and pixels > self.max_pixels * 1e6:
             raise ValueError(
                 f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "
-                f"{self.max_pixels:g} million: raise it (for training, --loader.max-pixels)"
+                f"{self.max_pixels:g} million; raise it (for training, --loader.max-pixels)"
             )

@@ -1,7 +1,7 @@
-"""Which file each sample of one's own photos was: keys lack the letters that tars do not take.
+"""The source file of each sample in a set of own photos; keys alone do not keep all letters.
 
-A page that shows a mistake names the photo by it; the tars have it too, in each sample's JSON, for
-which a page would have to search them. Nothing that is counted depends on it.
+A page that shows a mistake uses it to name the photo. Each sample's JSON in the tars has the path
+too, but a page would have to search them for it. No result depends on this file.
 """
 
 import json
@@ -11,13 +11,14 @@ from typing import Any
 from rft.shards.folder import PHOTOS
 from rft.storage import files
 
-BYTES = 2**28  # of the file of a set that is read: some million photos
+BYTES = 2**28  # limit of the file when it is read: some million photos
 
 
 def write(url: str, names: Iterable[tuple[str, str]]) -> None:
-    """Write the paths of a packed set's photos, from (key, path below the source), unless there.
+    """Write the paths of a packed set's photos, from (key, path below the source), once.
 
-    A folder is packed from one list of photos only: its plan refuses any other.
+    An existing file is kept: a folder is packed from only one list of photos, as its plan refuses
+    any other.
     """
     if files.exists(files.join(url, PHOTOS)):
         return
@@ -26,7 +27,7 @@ def write(url: str, names: Iterable[tuple[str, str]]) -> None:
 
 
 def read(url: str) -> Mapping[str, str]:
-    """Return key -> path of a packed set; empty for a set of other images.
+    """Read key -> path of a packed set; empty for a set of other images.
 
     Raises:
         ValueError: naming the file and line, if it is malformed.
@@ -39,7 +40,7 @@ def read(url: str) -> Mapping[str, str]:
             key, path = entry["key"], entry["path"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"{files.join(url, PHOTOS)}, line {number}, is no photo: {files.reason(error)}; "
+                f"{files.join(url, PHOTOS)}, line {number}, is not a photo: {files.reason(error)}; "
                 "delete the file, or pack again"
             ) from error
         found[str(key)] = str(path)

@@ -1,10 +1,10 @@
-"""Byte ranges of shards, wherever they lie: local files by descriptor, remote ones by request.
+"""Byte ranges of shards: from local files by descriptor, from remote ones by request.
 
-A remote range has a known length, so a dropped or stalled connection is noticed and the missing
+The length of a remote range is known, so a dropped or stalled connection is noticed and the missing
 bytes are requested again. A node-local cache may hold complete shards. It is filled in the
 background and no process waits for it: a sample whose shard is not cached yet is read by its own
-range. So the cache decides how fast a batch comes, never what is in it, and any of its files may be
-deleted at any time.
+range request. So the cache affects the speed of a batch, never its content, and any cached file may
+be deleted at any time.
 """
 
 import asyncio
@@ -28,26 +28,26 @@ from rft.shards.manifest import Shard
 from rft.storage import files, local, remote
 from rft.storage.remote import REQUEST_BYTES
 
-# descriptors a process keeps open on shards: half of what the system lets it have (-1, which no
-# count reaches, where it sets no limit)
+# descriptors that a process keeps open on shards: half the system's limit (without a limit, -1,
+# which no count reaches)
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-GAP_BYTES = 2**16  # ranges this near share a request: the gap costs less than a round trip
-REQUESTS = 16  # requests of one process under way at a time
-Store = tuple[Any, str]  # a fsspec file system and a path there
-PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
+GAP_BYTES = 2**16  # ranges this close share a request: the gap costs less than a round trip
+REQUESTS = 16  # concurrent requests of one process
+Store = tuple[Any, str]  # a fsspec file system and a path in it
+PAUSE = 1.0  # seconds until a shard that a different process is filling is checked again
 
 
 @dataclass(kw_only=True)
 class Counters:
-    """What reading has cost this process so far; each counts samples unless it says otherwise."""
+    """Reading statistics of this process so far; each counts samples unless noted otherwise."""
 
     bytes: int = 0  # payload bytes
-    requests: int = 0  # ranged requests that were answered
-    range_retries: int = 0  # ranged requests that had to be repeated
+    requests: int = 0  # range requests that were answered
+    range_retries: int = 0  # range requests that were retried
     cache_hits: int = 0
     cache_misses: int = 0
-    cache_repairs: int = 0  # found damaged or cut short in the cache, read again from the source
-    cache_refusals: int = 0  # shards for which the disk had no room, or that it did not take
+    cache_repairs: int = 0  # damaged or truncated in the cache, read again from the source
+    cache_refusals: int = 0  # shards that the disk had no space for, or failed to store
 
 
 class RangeError(ValueError):
@@ -61,8 +61,8 @@ class RangeError(ValueError):
 class Shards:
     """The shards of one packed set, read by number.
 
-    Clients, descriptors and the filling thread are made on first use in each process, because none
-    of them survives a fork; pickling keeps only what is needed to make them again.
+    Clients, descriptors and the filling thread are created on first use in each process, because
+    none of them survives a fork; pickling keeps only the arguments to create them again.
     """
 
     def __init__(self, url: str, shards: Sequence[Shard], *, cache: Cache | None = None) -> None:
@@ -70,7 +70,7 @@ class Shards:
         self.shards = tuple(shards)
         self.cache = cache
         self.counters = Counters()
-        # of no process yet: `_enter_process` makes what belongs to one
+        # no process yet: `_enter_process` creates the state of one
         self._process = -1
 
     def __getstate__(self) -> dict:
@@ -98,27 +98,28 @@ class Shards:
             descriptor = local.open_regular(path)
         elif self.cache is None or (descriptor := self.cache.open(self.shards[number])) is None:
             return None
-        # the least recently used one goes: `move_to_end` above keeps the order
+        # closes the least recently used one: `move_to_end` above keeps the order
         if len(self._descriptors) == OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors[number] = descriptor
         return descriptor
 
     def is_local(self, number: int) -> bool:
-        """Whether a shard itself, not its cached copy, lies in this machine's file system."""
+        """Whether the shard itself, not a cached copy, is in the local file system."""
         self._enter_process()
         if number not in self._local:
             self._local[number] = isinstance(self._store(number)[0], LocalFileSystem)
         return self._local[number]
 
     def ranges(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes]:
-        """Return the bytes of (shard number, offset, length) triples of remote shards.
+        """Read the bytes of (shard number, offset, length) triples of remote shards.
 
-        Neighbouring ranges share a request. Fewer bytes than asked for come only at a shard's end.
+        Neighbouring ranges share a request. A result is shorter than requested only at a shard's
+        end.
 
         Raises:
-            RangeError: naming the shard, if it cannot be read however often it is tried.
-            ValueError: if a shard that the cache fetched is not the manifest's.
+            RangeError: naming the shard, if all tries fail.
+            ValueError: if a shard that the cache fetched does not match the manifest.
         """
         self._enter_process()
         if self._filler is not None and self._filler.failure is not None:
@@ -128,7 +129,7 @@ class Shards:
             partial(self._fetch, self._store(number), number, start, stop, members[0])
             for number, start, stop, members in merged
         ]
-        # fsspec's clients belong to its own loop, which runs in a thread of its own
+        # fsspec's clients belong to its event loop, which runs in a separate thread
         answers: Any = sync(get_loop(), remote.together, fetches, REQUESTS)
         self.counters.requests += len(merged)
         found = [b""] * len(requests)
@@ -139,12 +140,12 @@ class Shards:
         return found
 
     def look_ahead(self, numbers: Sequence[int]) -> None:
-        """Name the shards that are needed next, the most urgent first; the cache fetches them."""
+        """Announce the shards that are needed next, most urgent first, for the cache to fetch."""
         if self.cache is None or not self.shards:
             return
         self._enter_process()
         wanted = set(numbers)
-        # an evicted file keeps its place on the disk for as long as it is open
+        # an evicted file occupies the disk for as long as it is open
         for number in [n for n in self._descriptors if n not in wanted and not self.is_local(n)]:
             os.close(self._descriptors.pop(number))
         if self._filler is None:
@@ -159,14 +160,14 @@ class Shards:
         self.counters.cache_repairs += 1
 
     def close(self) -> None:
-        """End the filling thread and close the descriptors, both of which come back on next use."""
+        """Stop the filling thread and close the descriptors; both are recreated on next use."""
         filler = self._let_go()
         if filler is not None:
             filler.thread.join()
 
     def _let_go(self) -> "_Filler | None":
-        """Close the descriptors of this process; return its filler, which is made to end."""
-        if self._process != os.getpid():  # nothing was read yet, or these are the parent's
+        """Close the descriptors of this process; stop its filler and return it."""
+        if self._process != os.getpid():  # nothing was read yet, or they belong to the parent
             return None
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
@@ -176,8 +177,8 @@ class Shards:
         return filler
 
     def __del__(self) -> None:
-        # without waiting: objects are collected in any thread, fsspec's loop among them, and the
-        # filler needs that loop to end
+        # without waiting: objects may be collected in any thread, even that of fsspec's loop,
+        # which the filler needs in order to end
         self._let_go()
 
     def _enter_process(self) -> None:
@@ -190,19 +191,20 @@ class Shards:
         self._filler: _Filler | None = None
 
     def _store(self, number: int) -> Store:
-        """Return the file system of a shard and its path there."""
+        """Find the file system of a shard and its path in it."""
         url = self.location(number)
         host = "/".join(url.split("/")[:3]) if "://" in url else ""
         if host not in self._stores:
             self._stores[host] = remote.client(files.open_store(url)[0])
         fs = self._stores[host]
-        # what url_to_fs returns as the path, without a look-up of the client for each sample
+        # the path that url_to_fs returns, without a look-up of the client for each sample
         return fs, str(fs._strip_protocol(url))
 
     async def _fetch(
         self, store: Store, number: int, start: int, stop: int, place: int = 0
     ) -> bytes:
-        """Return one range, repeating what is missing of it."""
+        """Read one range; retries request only its missing part."""
+        # never beyond the shard: a store may refuse a range past its end
         stop = min(stop, self.shards[number].bytes)
         try:
             return await remote.read_range(*store, start, stop, self._count_retry)
@@ -222,33 +224,33 @@ class Shards:
 
 
 class _Filler:
-    """A thread that brings the wanted shards into the cache, until it is stopped.
+    """A thread that fetches the wanted shards into the cache, until it is stopped.
 
-    It reads through shards of its own. With those that it works for it shares counters and clients,
-    but it keeps no reference to them: they stop it when they are closed or collected.
+    It reads through its own `Shards`. With the ones it serves it shares counters and clients, but
+    it keeps no reference to them: they stop it when they are closed or collected.
     """
 
     def __init__(self, served: Shards, cache: Cache) -> None:
-        self.failure: ValueError | None = None  # why it ended early; the next batch raises it
+        self.failure: ValueError | None = None  # ended the thread; the next batch raises it
         self._cache = cache
         self._shards = Shards(served.url, served.shards, cache=cache)
-        # first: it makes an empty _stores, which is then shared instead
+        # first: it creates an empty _stores, which is then replaced by the shared one
         self._shards._enter_process()
         self._shards.counters, self._shards._stores = served.counters, served._stores
         self._known = {shard.sha256 for shard in served.shards}
-        # of all ways to reach a thread the one that a destructor may use anywhere: it has no lock
+        # SimpleQueue is reentrant, so a destructor may use it from anywhere
         self.lists: SimpleQueue[Sequence[int]] = SimpleQueue()
         self._stopped = False
-        self._refused: set[int] = set()  # shards that are counted as such
+        self._refused: set[int] = set()  # shards already counted in `cache_refusals`
         self._transfer: asyncio.Task | None = None
-        # daemon: a process that ends does not wait for a shard
+        # daemon: a process that exits does not wait for a shard
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
-        """Make the thread end soon, also in the middle of a shard."""
+        """Make the thread end soon, even in the middle of a shard."""
         self._stopped = True
-        # wakes the thread where it waits for a list
+        # wakes the thread if it is waiting for a list
         self.lists.put(())
         if self._transfer is not None:
             get_loop().call_soon_threadsafe(self._transfer.cancel)
@@ -258,23 +260,23 @@ class _Filler:
         skipped: set[int] = set()
         idle = True
         try:
-            with suppress(OSError):  # the first shard meets it again, and is counted as refused
+            with suppress(OSError):  # the first shard hits it again, and is counted as refused
                 self._cache.trim(self._known)
             while not self._stopped:
                 wanted = self._newest(wanted, wait=idle)
                 todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
                 idle = not todo
-                if idle:  # after a pause the skipped ones may be filled, or have room
+                if idle:  # after a pause the skipped ones may be filled, or may fit
                     skipped.clear()
                 elif not self._fill(todo[0], wanted):
                     skipped.add(todo[0])
-        except CancelledError:  # by `stop`; not asyncio's class, but the one that result() raises
+        except CancelledError:  # from `stop`; not asyncio's class, but the one result() raises
             return
         except ValueError as error:
             self.failure = error
 
     def _newest(self, wanted: Sequence[int], *, wait: bool) -> Sequence[int]:
-        """Take the newest list that was handed over, after PAUSE or a new one if `wait`."""
+        """Take the newest list from the queue; if `wait`, wait up to PAUSE for a new one."""
         with suppress(Empty):
             if wait:
                 wanted = self.lists.get(timeout=PAUSE)
@@ -287,7 +289,7 @@ class _Filler:
         return not self._shards.is_local(number) and not self._cache.has(shard)
 
     def _fill(self, number: int, wanted: Sequence[int]) -> bool:
-        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
+        """Fetch a shard into the cache; False if it does not fit, or another process fills it."""
         shards = self._shards.shards
         keep = {shards[n].sha256 for n in wanted}
         try:
@@ -305,7 +307,7 @@ class _Filler:
                         "pack it again"
                     )
                 part.publish()
-        except OSError:  # of the disk, which a cache can do without
+        except OSError:  # of the disk: reading works without the cache
             self._shards.counters.cache_refusals += number not in self._refused
             self._refused.add(number)
             return False
@@ -313,9 +315,9 @@ class _Filler:
 
     async def _transfer_to(self, descriptor: int, number: int) -> None:
         self._transfer = asyncio.current_task()
-        # not the future that other threads have: it is over when it is cancelled, this one only
-        # when nothing writes to the descriptor any more
-        if self._stopped:  # before there was a task that `stop` could cancel
+        # not the future that other threads hold: cancelling ends it at once, but this task ends
+        # only when nothing writes to the descriptor any more
+        if self._stopped:  # before a task existed that `stop` could cancel
             raise asyncio.CancelledError
         shards = self._shards
         fetch = partial(shards._fetch, shards._store(number), number)
@@ -323,7 +325,7 @@ class _Filler:
 
 
 class Request(NamedTuple):
-    """One ranged request: bytes `start` to `stop` of a shard, and which ranges it answers."""
+    """One range request: bytes `start` to `stop` of a shard, and the ranges that it answers."""
 
     number: int
     start: int

@@ -8,15 +8,15 @@ from rft.shards.folder import MANIFEST, PLAN
 from rft.storage import files
 from rft.storage.urls import set_name
 
-LOOKED_AT = 50  # folders of a root, each of which costs a request on a remote store
+LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
-    """Return the names of sets, each once.
+    """Normalise the names of sets, and drop repeated ones.
 
     Raises:
-        ValueError: naming the option, if none is given, or one cannot be a set's.
+        ValueError: naming the option, if no name is given, or one is not a valid name of a set.
     """
     found = tuple(dict.fromkeys(set_name(name, option) for name in names))
     if not found:
@@ -25,12 +25,12 @@ def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
 
 
 def packed_sets(root: str, most: int | None = LOOKED_AT) -> list[str]:
-    """Return the names of the folders of `root` that hold a manifest, sorted.
+    """List the folders of `root` that hold a manifest, sorted.
 
-    At most `most` folders are looked at; None is all.
+    At most `most` folders are checked; None checks all.
 
     Raises:
-        OSError: if the store does not list them.
+        OSError: if the store cannot list them.
         ValueError: if the URL cannot be opened.
     """
     folders = files.folders(root)[:most]
@@ -38,9 +38,9 @@ def packed_sets(root: str, most: int | None = LOOKED_AT) -> list[str]:
 
 
 def why_missing(url: str) -> str:
-    """Guess from the files around a URL why it holds no manifest, as a hint; empty if unknown."""
+    """Guess from the files around a URL why it has no manifest, as a hint; empty if unknown."""
     if url.startswith(("http://", "https://")):
-        return ""  # a web server has no list of its folders
+        return ""  # web servers have no listing
     with contextlib.suppress(OSError, ValueError):
         return _hint(url)
     return ""
@@ -48,14 +48,17 @@ def why_missing(url: str) -> str:
 
 def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
+    # the plan is written first and the manifest last
     if PLAN in files.names(url):
-        return "its packing has not finished; run the same command of tools/ again"
+        return "packing has not finished; rerun the same command of tools/"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "name one of them or check --data"
         return f"{root} has the sets {_listed(found)}; {hint}"
+    # --data is one level too deep
     if files.exists(files.join(root, MANIFEST)):
         return f"{root} is a packed set itself; --data is the folder above it"
+    # --data is one level too high
     below = files.folders(root)[:LOOKED_AT]
     for folder in below:
         if found := packed_sets(files.join(root, folder)):
@@ -63,7 +66,7 @@ def _hint(url: str) -> str:
             return f"{where} has the sets {_listed(found)}; did you mean --data {where}?"
     if not below and not files.names(root):
         return f"nothing exists at {root}; check --data"
-    return f"no folder of {root} is a packed set; check --data, or pack one with tools/"
+    return f"no folder of {root} is a packed set; check --data, or pack one (docs/data.md)"
 
 
 def _listed(names: list[str]) -> str:

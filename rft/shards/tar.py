@@ -1,13 +1,13 @@
-"""Where the members of a tar lie, read strictly.
+"""The positions of a tar's members, parsed strictly.
 
 Python's tarfile takes a damaged header for the end of the archive, without an error
-(cpython issue 120740), so a damaged or cut tar would only look shorter. Here the archive must end
-as the format says: two blocks of zeros and nothing but zeros behind them.
+(cpython issue 120740), so a damaged or truncated tar would only look shorter. Here the archive must
+end as the format requires: two blocks of zeros, and only zeros after them.
 
-tarfile also believes sizes: a negative one leads it back to where it was, for ever (cpython issue
-130577, not mended in older Pythons), and a name of gigabytes is read into memory. So it parses
-single header blocks here and no more. Where the next one lies, and what headers may say of a member
-after them, is decided below, and each block moves the walk forward.
+tarfile also trusts sizes: a negative one makes it loop forever (cpython issue 130577, not fixed in
+older Pythons), and a name of gigabytes is read into memory. So tarfile only parses single header
+blocks here. The code below locates the next header and interprets extended headers, and every block
+moves it forward.
 """
 
 import os
@@ -16,19 +16,19 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
-BLOCK = 512  # bytes; headers and payloads are padded to whole blocks
+BLOCK = 512  # bytes; headers and payloads are padded to full blocks
 END = 2 * BLOCK  # zeros that end an archive
-ZEROS = 2**26  # that an archive may end with; writers fill up to 10 KiB, few to more
-DESCRIPTION_BYTES = 2**20  # of names and attributes in front of a member
-NAME_LETTERS = 4096  # as Linux allows in a path
-MEMBERS = 1_000_000  # of one tar: all of them are in memory
+ZEROS = 2**26  # at the end of an archive; most writers pad to 10 KiB, few to more
+DESCRIPTION_BYTES = 2**20  # of names and attributes before a member
+NAME_LETTERS = 4096  # Linux's limit of a path
+MEMBERS = 1_000_000  # of one tar: all of them are kept in memory
 # types of headers that describe the next member
 DESCRIBES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 SIZE = re.compile(r"[0-9]{1,18}")
-# first bytes of what is taken for a tar: what it is, and a command that makes a tar of it
+# first bytes of files often mistaken for a tar: the actual kind, and how to convert it
 OTHER_KINDS = {
     b"\x1f\x8b": "compressed by gzip; unpack it with gunzip",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with unzstd",
@@ -39,7 +39,7 @@ OTHER_KINDS = {
 }
 
 
-# returns so many bytes from a position in a tar, fewer at its end
+# reads a number of bytes from a position in a tar, fewer at its end
 Read = Callable[[int, int], bytes]
 
 
@@ -52,35 +52,35 @@ class Member(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """Return `size` bytes rounded up to whole blocks."""
+    """Round a size in bytes up to full blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar in order. Folders are passed over.
+    """Yield the regular files of an uncompressed tar in order. Folders are skipped.
 
-    The stream must be seekable; between two members the caller may move it. `name` is for messages.
-    With `part`, a member of the stream's tar, that member is the tar which is walked.
+    The stream must be seekable; the caller may move it between two members. `name` is for messages.
+    With `part`, a member of the stream's tar that is a tar itself, that member is walked.
 
     Raises:
-        ValueError: if a header is damaged, the archive is cut or too large to be a shard, or a
-            member is no file or folder.
+        ValueError: if a header is damaged, the archive is truncated or too large to be a shard, or
+            a member is neither a file nor a folder.
     """
     base, total = (part.offset, part.size) if part else (0, stream.seek(0, os.SEEK_END))
 
     def read(position: int, size: int) -> bytes:
         stream.seek(base + position)
-        # never negative, which would read all: positions are compared with the total first
+        # never negative, which would read everything: positions were compared with the total
         return stream.read(min(size, total - position))
 
-    position = count = 0  # bytes from the base
-    said: dict[str, str] = {}  # by headers that describe the next member
+    position = count = 0  # `position` in bytes from the base
+    said: dict[str, str] = {}  # fields that extended headers give the next member
     while (entry := _read_header(read, position, name)) is not None:
         start = position + BLOCK
         describes = entry.type in DESCRIBES
-        # a PAX header overrides its member's field, whose octal digits end at 8 GiB
+        # a PAX header overrides the member's own field, which is limited to 8 GiB
         size = entry.size if describes else int(said.get("size", entry.size))
-        # other members, such as folders, have no content, whatever their size field holds
+        # other members, such as folders, have no content, whatever their size field says
         stop = start + (padded(size) if entry.isreg() or describes else 0)
         if size < 0:
             raise ValueError(f"{name}: the member at byte {position:,} has {size:,} bytes")
@@ -90,7 +90,7 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
                 f"{size:,} bytes"
             )
         if describes:
-            # of several headers of a member tarfile lets the first count
+            # if several headers set a field, the first wins, as in tarfile
             said = _describe(read, start, entry, name) | said
             position = stop
             continue
@@ -101,8 +101,8 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
             )
         count += 1
         if count > MEMBERS:
-            raise ValueError(f"{name} holds more than {MEMBERS:,} files; make several tars of them")
-        # tarfile counts sparse files as regular, but their gaps are not in the archive
+            raise ValueError(f"{name} holds more than {MEMBERS:,} files; split it into several")
+        # tarfile treats sparse files as regular, but their gaps are not in the archive
         if entry.isreg() and entry.type != tarfile.GNUTYPE_SPARSE:
             yield member
         elif not entry.isdir():
@@ -112,9 +112,9 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
 
 
 def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None:
-    """Return the header at a byte of a tar, or None where zeros end the archive."""
+    """Parse the header at a byte of a tar; None where zeros end the archive."""
     block = read(position, BLOCK)
-    # no bytes at all are an end too, which `_require_end` refuses; an empty file is no tar
+    # a missing block is an end too, which `_require_end` refuses; an empty file is not a tar
     if not block.strip(b"\0") and (block or position):
         return None
     try:
@@ -122,9 +122,11 @@ def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None
     except tarfile.TarError as error:
         for magic, what in OTHER_KINDS.items():
             if position == 0 and block.startswith(magic):
-                raise ValueError(f"{name} is no plain tar but {what}") from error
+                raise ValueError(f"{name} is not a plain tar but {what}") from error
         if position == 0 or len(block) < BLOCK:
-            raise ValueError(f"{name} is no whole tar: {error} after byte {position:,}") from error
+            raise ValueError(
+                f"{name} is not a complete tar: {error} after byte {position:,}"
+            ) from error
         raise ValueError(
             f"{name}: damaged header or foreign bytes after byte {position:,}"
         ) from error
@@ -134,29 +136,29 @@ def _describe(read: Read, start: int, entry: tarfile.TarInfo, name: str) -> dict
     """Read a header that describes the member after it: its path, its size."""
     where = f"{name}: the header at byte {start - BLOCK:,}"
     if entry.size > DESCRIPTION_BYTES:
-        raise ValueError(f"{where} has {entry.size:,} bytes, more than any name takes")
+        raise ValueError(f"{where} has {entry.size:,} bytes, more than any name needs")
     data = read(start, entry.size)
     if entry.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
     if entry.type == tarfile.GNUTYPE_LONGLINK:
-        return {}  # of a link, which is refused by its own header
+        return {}  # belongs to a link, which is refused at its own header
     records = _pax_records(data, where)
     if any(key.startswith("GNU.sparse.") for key in records):
         raise ValueError(f"{where} describes a sparse file; write the tar again without --sparse")
     said = {key: records[key] for key in ("path", "size") if key in records}
     if said and entry.type == tarfile.XGLTYPE:
-        raise ValueError(f"{where} gives all members one {' and one '.join(said)}")
+        raise ValueError(f"{where} gives all members the same {' and '.join(said)}")
     if not SIZE.fullmatch(said.get("size", "0")):
         raise ValueError(f"{where} gives the size {said['size'][:40]!a}")
     return said
 
 
 def _pax_records(data: bytes, where: str) -> dict[str, str]:
-    """Return the records of a PAX header (POSIX.1-2001): "LENGTH KEY=VALUE" lines."""
+    """Parse the records of a PAX header (POSIX.1-2001): "LENGTH KEY=VALUE" lines."""
     records, position = {}, 0
-    # a zero ends the records, as tarfile has it
+    # a zero ends the records, as in tarfile
     while position < len(data) and data[position]:
-        # seven digits and the space: DESCRIPTION_BYTES has no more
+        # at most seven digits and the space: enough for DESCRIPTION_BYTES
         space = data.find(b" ", position, position + 8)
         digits = data[position : max(space, position)]
         # LENGTH counts itself, the space and the line break
@@ -170,7 +172,7 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
 
 
 def _require_end(read: Read, end: int, name: str) -> None:
-    """Check that nothing but zeros, and enough of them, lies behind the last member."""
+    """Check that only zeros, and enough of them, follow the last member."""
     zeros = 0
     while rest := read(end + zeros, 1 << 20):
         if rest.strip(b"\0"):

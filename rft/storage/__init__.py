@@ -1,1 +1,1 @@
-"""All bytes that enter or leave rft, and what is checked of them before they are used."""
+"""All bytes that enter or leave rft, and the checks they pass before use."""

@@ -1,9 +1,9 @@
-"""Archives of arrays (.npz) that anyone may have written, read at a cost that is known beforehand.
+"""Untrusted archives of arrays (.npz), read at a cost that is known in advance.
 
-numpy's own reader takes memory for what headers announce: a member of a few kilobytes may unpack to
-terabytes, or say that it is an array of 2^40 rows. Here the directory, the sizes and the headers
-must fit together and stay within a limit before anything is unpacked. No code runs: only numbers
-and texts are read.
+numpy's own reader allocates the memory that headers announce: a member of a few kilobytes may
+unpack to terabytes, or claim an array of 2^40 rows. Here the directory, the sizes and the headers
+must be consistent and within a limit before anything is unpacked. No code runs: only numbers and
+texts are read.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 from rft.storage.zips import require_small_directory
 
 MEMBERS = 64  # arrays of one archive
-DIRECTORY_BYTES = 2**16  # of a zip's directory, which is read before it can be looked at
+DIRECTORY_BYTES = 2**16  # of a zip's directory, which is read before it can be checked
 MAGIC = b"\x93NUMPY"
 # numpy's header of little-endian numbers and texts: objects, records and dates do not match
 HEADER = re.compile(
@@ -39,18 +39,18 @@ UNREADABLE = (
 
 
 def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz by name; they cannot be written to.
+    """Read the arrays of an .npz, by name. They are read-only.
 
-    All of them together may have `limit` bytes, with their headers.
+    Together, headers included, they may have `limit` bytes.
 
     Raises:
-        ValueError: if it is no such archive, or has more than that.
+        ValueError: if it is not such an archive, or exceeds the limit.
     """
     packed = io.BytesIO(data)
     try:
         require_small_directory(packed, DIRECTORY_BYTES)
     except ValueError as error:
-        raise ValueError(f"no readable .npz: {error}") from error
+        raise ValueError(f"not a readable .npz: {error}") from error
     try:
         with zipfile.ZipFile(packed) as archive:
             members = archive.infolist()
@@ -58,36 +58,37 @@ def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
             arrays = {}
             for member in members:
                 with archive.open(member) as stream:
-                    # with a size: without one, zipfile first unpacks all there is and then cuts it
+                    # with a size: without one, zipfile unpacks everything and then truncates it
                     data = stream.read(member.file_size)
                 name = member.filename.removesuffix(".npy")
                 arrays[name] = _to_array(data, name)
             return arrays
     except UNREADABLE as error:
-        raise ValueError(f"no readable .npz: {error}") from error
+        raise ValueError(f"not a readable .npz: {error}") from error
 
 
 def _require_affordable(members: list[zipfile.ZipInfo], limit: int) -> None:
     if len(members) > MEMBERS:
         raise ValueError(f"it holds {len(members)} arrays, more than {MEMBERS}")
     if len({member.filename for member in members}) < len(members):
-        raise ValueError("it holds two arrays of one name")
+        raise ValueError("it holds two arrays with the same name")
     for member in members:
         if not member.filename.endswith(".npy"):
-            raise ValueError(f"{member.filename!a} is no array")
-        # np.savez and np.savez_compressed write these alone
+            raise ValueError(f"{member.filename!a} is not an array")
+        # the only methods that np.savez and np.savez_compressed use
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{member.filename!a} is compressed in a way that is not known")
+            raise ValueError(f"{member.filename!a} uses an unknown compression method")
     if (size := sum(member.file_size for member in members)) > limit:
-        raise ValueError(f"its arrays have {size:,} bytes, more than the {limit:,} that they may")
+        raise ValueError(f"its arrays have {size:,} bytes, more than the limit of {limit:,}")
 
 
 def _to_array(data: bytes, name: str) -> np.ndarray:
-    """Return the array in the bytes of a .npy file, without a copy."""
-    # version 1 has the header's length in 2 bytes, 2 in 4; 3 is for records with Unicode names
+    """View the bytes of a .npy file as its array, without a copy."""
+    # version 1 stores the header's length in 2 bytes, version 2 in 4; 3 is for records with
+    # Unicode names
     version, prefix = data[6:8], {b"\1\0": 2, b"\2\0": 4}.get(data[6:8], 0)
     if not data.startswith(MAGIC) or not prefix:
-        raise ValueError(f"{name!a} is no array of a known version ({version.hex()})")
+        raise ValueError(f"{name!a} is not an array of a known version ({version.hex()})")
     start = 8 + prefix
     stop = start + int.from_bytes(data[8:start], "little")
     header = HEADER.fullmatch(data[start:stop]) if stop <= len(data) else None
@@ -98,9 +99,9 @@ def _to_array(data: bytes, name: str) -> np.ndarray:
     except TypeError as error:
         raise ValueError(f"{name!a} has elements of an unknown type") from error
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
-    # texts of no letters take no bytes, so any shape would fit; Python's integers cannot overflow
+    # empty texts take no bytes, so any shape would fit; Python's integers cannot overflow
     if not kind.itemsize or math.prod(shape) * kind.itemsize != len(data) - stop:
         found = f"{len(data) - stop:,} bytes"
-        raise ValueError(f"{name!a} has {found}, which is not what {kind} {shape} takes")
+        raise ValueError(f"{name!a} has {found}, which does not match {kind} {shape}")
     array = np.frombuffer(data, kind, offset=stop)
     return array.reshape(shape, order="F" if header[2] == b"True" else "C")

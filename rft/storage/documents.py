@@ -1,9 +1,9 @@
-"""JSON documents that a stranger may have written, read as the dataclasses the code works with.
+"""Untrusted JSON documents, read as the dataclasses that the code works with.
 
-`document` makes a dataclass whose fields are checked when it is made, from Python as from JSON: a
-wrong type, an unknown field or choice, a number out of range or not finite is an error. `decode`
-reads one from a file's bytes. What a field may be stands in its annotation, with the types below.
-Errors are one line: file, place in it, value and expectation. No torch.
+`document` makes a dataclass that checks its fields on creation, from Python and from JSON: a wrong
+type, an unknown field or choice, and a number that is out of range or not finite are errors.
+`decode` reads one from a file's bytes. Annotations define the allowed values, with the types below.
+Errors are one line: file, position in it, value and expectation. No torch.
 """
 
 import dataclasses
@@ -27,16 +27,15 @@ T = TypeVar("T")
 
 # strict: no number from a text, no 1 from true; unknown fields may be misspelt options
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-# of files that other versions of rft, or other programs, write with fields of their own
+# for files of other rft versions or other programs, which may have more fields
 FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-VALUES = (
-    1_000_000  # of a document: each takes some hundred bytes of memory; 100,000 shards have 500,000
-)
-EXPLAINED = 10_000  # faults of which the first is looked for: all are listed before one is known
-# pydantic's two names for an unknown field: of a dataclass, of a TypedDict
+# of a document: each takes some hundred bytes of memory; a manifest of 100,000 shards has 500,000
+VALUES = 1_000_000
+EXPLAINED = 10_000  # faults that are searched for the first one: pydantic lists them all
+# pydantic's two names for an unknown field: in a dataclass, in a TypedDict
 SURPLUS = {"unexpected_keyword_argument", "extra_forbidden"}
-UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # what a newer version may have written
-# in the words of JSON
+UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # a newer version may have written these
+# JSON's terms in place of Python's
 OBJECTS = {
     "dataclass_type": "must be an object",
     "dict_type": "must be an object",
@@ -49,7 +48,7 @@ OBJECTS = {
     "too_short": "must have {min_length} or more elements",
     "too_long": "must have at most {max_length} elements",
 }
-MISSING = {"missing", "missing_argument"}  # the latter of a NamedTuple, in older pydantic
+MISSING = {"missing", "missing_argument"}  # the latter for a NamedTuple, in older pydantic
 
 
 def _printable(text: str) -> str:
@@ -66,7 +65,7 @@ def _sha256(text: str) -> str:
 
 def _schema(number: int) -> int:
     if number != 1:
-        raise ValueError("must be 1, or be read by the version that wrote it")
+        raise ValueError("must be 1; a file of a newer version needs a newer rft")
     return number
 
 
@@ -78,41 +77,41 @@ def _part(number: float) -> float:
 
 
 Schema = Annotated[int, AfterValidator(_schema)]
-"""Version of a document; not a Literal, which true would be too."""
+"""Version of a document; not a Literal, because `Literal[1]` accepts true."""
 Sha256 = Annotated[str, AfterValidator(_sha256)]
 """A hash as hashlib writes it; a file may be named after it."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""A number of things or bytes; up to where JSON readers agree on whole numbers."""
+"""A number of items or bytes, up to the largest whole number on which all JSON readers agree."""
 Whole = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What NumPy and scikit-learn take as well."""
+"""Range that NumPy and scikit-learn accept as well."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, AfterValidator(_part)]
-"""A share that leaves something on both sides."""
+"""A share that leaves neither side empty."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 From0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Megapixels = Annotated[float, Field(gt=0, lt=1e6)]
 Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
-"""What is printed, or names something; any terminal can show it."""
+"""A text to print, or a name; any terminal can show it."""
 Text = Annotated[str, Field(max_length=100_000)]
-"""Words for a model or a message, which may have more than one line."""
+"""A text for a model or a message; it may have several lines."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDict = STRICT) -> Any:
-    """Make a frozen dataclass with keyword arguments whose fields are checked when it is made.
+    """Make a frozen, keyword-only dataclass whose fields are checked on creation.
 
-    `name` stands before a field in an error that is raised from Python, "--" for the options of a
-    command. `FOREIGN` as pydantic's `config` passes over fields that it does not know.
+    `name` precedes a field in errors raised from Python: "--" for the options of a command. With
+    `FOREIGN` as pydantic's `config`, unknown fields are ignored.
     """
     if cls is None:
         return functools.partial(document, name=name, config=config)
     made: Any = checked(cls, frozen=True, kw_only=True, config=config)
-    # for Python's callers: pydantic reads JSON without __init__, and `typed` words its errors
+    # for callers in Python: pydantic reads JSON without __init__, and `typed` words those errors
     check: Callable[..., None] = made.__init__
 
     @functools.wraps(check)
@@ -127,19 +126,19 @@ def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDic
 
 
 def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -> Any:
-    """Return any JSON document as Python has it; `where` is its file, for messages.
+    """Parse any JSON document into Python objects; `where` is its file, for messages.
 
-    NaN and infinities pass with `nan`. A bound on its `values` is one on the memory that they take.
+    `nan` admits NaN and infinities. The bound on `values` is a bound on memory.
 
     Raises:
-        ValueError: if it is not JSON (there are no NaN and no lone surrogates), nested too deeply,
-            holds too many values, or names a field of an object twice.
+        ValueError: if it is not JSON (which has no NaN and no lone surrogates), is nested too
+            deeply, holds too many values, or repeats a field of an object.
     """
-    # commas in texts count, too: nothing is parsed yet
+    # counted before parsing, so commas inside texts count too
     if sum(data.count(sign) for sign in (b",", b"[", b"{")) > values:
-        raise ValueError(f"{where} holds more than {values:,} values, too many for such a file")
+        raise ValueError(f"{where} holds more than {values:,} values, too many for this file")
     try:
-        # parsed twice: json finds fields that repeat, pydantic_core refuses NaN and lone surrogates
+        # parsed twice: json finds repeated fields, pydantic_core refuses NaN and lone surrogates
         json.loads(data, object_pairs_hook=_unique)
         return pydantic_core.from_json(data, allow_inf_nan=nan)
     except (ValueError, RecursionError) as error:
@@ -147,28 +146,29 @@ def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -
 
 
 def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, values: int = VALUES) -> T:
-    """Return the document of a type that JSON holds; `where` and `values` are those of `parse`.
+    """Read JSON as a typed document; `where` and `values` are those of `parse`.
 
     The type is a class made by `document`, or any that pydantic checks.
 
     Raises:
-        ValueError: naming place and expectation, if it is something else.
+        ValueError: with position and expectation, if it does not match the type.
     """
     parse(data, where, values=values)
     return typed(data, kind, where)
 
 
 def typed(data: bytes, kind: Callable[..., T] | Any, where: str) -> T:
-    """Return the document of a type that JSON which `parse` has taken holds; see `decode`."""
+    """Read JSON that `parse` has accepted as a typed document; see `decode`."""
     try:
-        # from bytes: of Python's objects, strict takes no list for a tuple, no dict for a dataclass
+        # from bytes: with Python objects, strict mode refuses a list for a tuple and a dict for a
+        # dataclass
         return _adapter(kind).validate_json(data)
     except PydanticError as error:
         raise ValueError(f"{where}: {explain(error)}") from error
 
 
 def convert(value: Any, kind: Callable[..., T] | Any, where: str) -> T:
-    """Return the document of a type that a JSON value is; see `decode`."""
+    """Read a parsed JSON value as a typed document; see `decode`."""
     return decode(json.dumps(value).encode(), kind, where)
 
 
@@ -182,22 +182,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{short(twice)} is there twice in one object")
+        raise ValueError(f"{short(twice)} occurs twice in one object")
     return found
 
 
 def names_unknown(error: ValueError) -> bool:
-    """Whether `decode` failed only because of fields or choices that this version does not have."""
+    """Whether `decode` failed only on fields or choices that this version does not know."""
     cause = error.__cause__
     return isinstance(cause, PydanticError) and {e["type"] for e in cause.errors()} <= UNKNOWN
 
 
 def explain(error: PydanticError, at: Sequence[str | int] = ()) -> str:
-    """Word on one line what is wrong: the first fault, and the number of further ones."""
+    """Describe on one line the first fault, and count the others."""
     if error.error_count() > EXPLAINED:
-        return f"it has {error.error_count():,} fields or values that it must not have"
+        return f"it has {error.error_count():,} invalid fields or values"
     faults = error.errors(include_url=False)
-    # another schema explains the others
+    # a different schema version explains all other faults
     first = next((fault for fault in faults if fault["loc"] == ("schema",)), faults[0])
     rest = f" (and {len(faults) - 1} more)" if faults[1:] else ""
     return f"{_explain(first, at)}{rest}"
@@ -206,7 +206,7 @@ def explain(error: PydanticError, at: Sequence[str | int] = ()) -> str:
 def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
     place = _place([*at, *fault["loc"]])
     kind, message = fault["type"], fault["msg"]
-    if kind.startswith("union_tag"):  # of an object whose field decides what the others are
+    if kind.startswith("union_tag"):  # one field of the object decides which others it has
         context = fault["ctx"]
         field = context["discriminator"].strip("'")
         place = f"{place}.{field}" if place else field
@@ -218,7 +218,7 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
     if kind in SURPLUS:
         return f"{place} is an unknown field"
     if kind == "value_error" and not isinstance(fault["input"], str | int | float):
-        # of an object or list as a whole; what it says names the fields
+        # for an entire object or list; the message itself names the fields
         message = message.removeprefix("Value error, ")
         return f"{place}: {message}" if place and not message.startswith(place) else message
     wanted = OBJECTS[kind].format(**fault.get("ctx", {})) if kind in OBJECTS else message
@@ -229,12 +229,12 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
 
 
 def _place(parts: Sequence[str | int]) -> str:
-    """Write the path of a value in a document, such as `shards[3].name`."""
+    """Format the path of a value in a document, such as `shards[3].name`."""
     if parts[:1] == ["--"]:
         return "--" + _place(parts[1:]).replace("_", "-")
     place = ""
     for part in parts:
-        if part == "[key]":  # the name of a field, which is in the place already
+        if part == "[key]":  # pydantic's mark for a field's name, which the path has already
             continue
         if isinstance(part, int):
             place += f"[{part}]"

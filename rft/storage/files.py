@@ -1,7 +1,7 @@
-"""Files that are whole or absent, on any store that `rft.storage.urls` lets be opened.
+"""Files that are complete or absent, on any store that `rft.storage.urls` admits.
 
-Everything is written to a temporary name first and renamed (or uploaded as one finished object)
-last, so that a reader never sees half a file. No URL is ever handed to a shell.
+Everything is written under a temporary name and then renamed, or uploaded as one finished object,
+so a reader never sees half a file. No URL is ever passed to a shell.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from rft.storage import documents, local, remote, urls
 
 T = TypeVar("T")
 
-# of a document that is read whole, unless its reader says otherwise. Of a text with one rare letter
-# Python keeps four bytes for each, in several copies
+# default limit of a document read at once: Python keeps a text with one rare letter at four bytes
+# per letter, in several copies
 DOCUMENT_BYTES = 2**26
-TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # left by `publish` when it is killed
 
 
 def open_store(url: str) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of `url` and the path inside it.
+    """Find the fsspec file system of `url` and the path inside it.
 
     Raises:
-        ValueError: for what `rft.storage.urls` does not let be opened, or a client that is not
-            installed or not configured.
+        ValueError: for a URL that `rft.storage.urls` refuses, or a client that is not installed or
+            not configured.
     """
     urls.check(url)
     try:
@@ -54,7 +54,7 @@ def open_store(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def require_local(path: str | Path, option: str) -> None:
-    """Check that a file or folder that we open by its path, or write piece by piece, is local.
+    """Check that a file or folder which is opened by path, or written incrementally, is local.
 
     Raises:
         ValueError: for a URL, which would otherwise become a local folder named after its scheme.
@@ -62,16 +62,16 @@ def require_local(path: str | Path, option: str) -> None:
     text = str(path)
     if urls.is_whole(text) or urls.protocol_word(text):
         raise ValueError(
-            f"{option} is {urls.shown(text)}; it must be a local folder or file: copy it to or "
-            "from there yourself"
+            f"{option} is {urls.shown(text)}; it must be a local folder or file: copy it yourself "
+            "before or afterwards"
         )
     urls.check(text)
 
 
 def require_file(path: Path, what: str) -> None:
-    """Check that a local path is a file with an end: reading a FIFO or a device may never return.
+    """Check that a local path is a regular file: reading a FIFO or a device may never return.
 
-    `what` is expected there, for messages.
+    `what` describes the expected file in messages.
 
     Raises:
         ValueError: if it is absent or anything else.
@@ -90,24 +90,24 @@ def join(url: str, *names: str) -> str:
 
 
 def name_of(url: str) -> str:
-    """Return the last component of a URL or a local path, which may be relative."""
+    """Return the last component of a URL or of a local path, which may be relative."""
     return posixpath.basename(posixpath.normpath(open_store(url)[1]))
 
 
 def resolve(url: str, name: str) -> str:
-    """Return where `name` lies: below `url`, unless it is a URL or an absolute path of its own.
+    """Locate `name`: below `url`, unless it is a URL or an absolute path itself.
 
-    Names of others were checked by `rft.storage.urls.check_shard_name`.
+    Untrusted names were checked by `rft.storage.urls.check_shard_name`.
     """
     return name if urls.is_whole(name) or name.startswith("/") else join(url, name)
 
 
 def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
-    """Answer a question about `url`: by `rft.storage.remote`, or by `of_path` for a local path.
+    """Query `url`: with `question` of `rft.storage.remote`, or with `of_path` for a local path.
 
     Raises:
         FileNotFoundError, IsADirectoryError: as the store reports.
-        ValueError: if it does not answer: `verb` is for the message.
+        ValueError: if the query fails; `verb` is for the message.
     """
     fs, path = open_store(url)
     try:
@@ -123,25 +123,25 @@ def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is at `url`.
+    """Whether a file or folder exists at `url`.
 
     Raises:
         ValueError: if the store does not answer.
     """
     try:
-        # not Path.exists, which is False after some errors too, such as a loop of links
+        # not Path.exists, which hides some errors as False, such as a loop of links
         return ask(url, "look for", remote.exists, lambda path: bool(path.stat()))
     except FileNotFoundError:
         return False
 
 
 def size(url: str) -> int:
-    """Measure a file that is to be read in ranges, in bytes.
+    """Return the size in bytes of a file that will be read in ranges.
 
     Raises:
         FileNotFoundError: if the store reports that no such file exists.
         IsADirectoryError: if it is a folder.
-        ValueError: if the store gives no size, or has no ranges.
+        ValueError: if the store reports no size, or serves no ranges.
     """
 
     def measure(path: Path) -> int:
@@ -155,7 +155,7 @@ def size(url: str) -> int:
 
 
 def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
-    """Return the whole content of `url`, None if the store reports that no such file exists.
+    """Read all of `url`; None if the store reports that no such file exists.
 
     Raises:
         ValueError: if it cannot be read, or is larger than `limit` bytes.
@@ -165,7 +165,7 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
         with local.reader(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             data = stream.read() if size <= limit else b""
-        # the file may have grown since it was measured
+        # the file may have grown since its size was read
         if max(size, len(data)) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
@@ -179,7 +179,7 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
 
 
 def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
-    """Return the whole content of `url`.
+    """Read all of `url`.
 
     Raises:
         ValueError: if no such file exists, it cannot be read, or it is larger than `limit` bytes.
@@ -192,15 +192,15 @@ def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
 
 
 def reason(error: BaseException) -> str:
-    """Word on one line, without credentials, why a client could not read.
+    """Describe a client's error on one line, without credentials.
 
-    rft is given no credentials, but a server may redirect a client to a URL that holds some.
+    rft accepts no URL with credentials, but a server may redirect a client to one.
     """
     return urls.redact(" ".join(remote.explain(error).split()))
 
 
 def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
-    """Read the JSON document at `url`, whatever its content.
+    """Read any JSON document at `url`.
 
     Raises:
         ValueError: if it is absent, larger than `limit` bytes, or not JSON.
@@ -211,44 +211,44 @@ def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
 def read_document(
     url: str, kind: type[T], limit: int = DOCUMENT_BYTES, values: int = documents.VALUES
 ) -> T:
-    """Read the JSON document at `url`, which must be of a kind that `documents` checks.
+    """Read the JSON document at `url` as a type that `documents` checks.
 
     Raises:
-        ValueError: if it is absent, larger than `limit` bytes, holds more than `values`
-            values, or is not of that kind: naming what.
+        ValueError: naming the fault, if it is absent, larger than `limit` bytes, holds more than
+            `values` values, or does not match the type.
     """
     return documents.decode(read_bytes(url, limit), kind, url, values=values)
 
 
 @contextlib.contextmanager
 def _client_errors(verb: str, url: str) -> Iterator[None]:
-    """Turn what a client library raises into an OSError that names what could not be done."""
+    """Turn any error of a client library into an OSError that names the failed operation."""
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # every client library has error classes of its own
+    except Exception as error:  # every client library has its own error classes
         raise OSError(f"cannot {verb} {url}: {reason(error)}") from error
 
 
 def require_writable(url: str) -> None:
-    """Check that a file may be written at `url`: on this machine, that it replaces files or links.
+    """Check that a file may be written at `url`; locally it may replace only files and links.
 
     Raises:
-        ValueError: for a folder, a device, a FIFO or a socket, or what `open_store` refuses.
+        ValueError: for a folder, a device, a FIFO or a socket, or a URL that `open_store` refuses.
     """
     fs, path = open_store(url)
     if isinstance(fs, LocalFileSystem):
-        with contextlib.suppress(NotADirectoryError):  # writing says so
+        with contextlib.suppress(NotADirectoryError):  # writing reports it
             local.require_replaceable(Path(path))
 
 
 @contextlib.contextmanager
 def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
-    """Yield a local path to write; when the body ends without error, it becomes `url` in one step.
+    """Yield a local path to write, which becomes `url` atomically if the body succeeds.
 
-    A local file is renamed within its folder; a remote object is written below `scratch`, by
-    default the folder of temporary files, and uploaded finished. If the body raises, nothing
+    A local file is renamed within its folder. A remote object is written below `scratch`, by
+    default the folder for temporary files, and uploaded when finished. If the body raises, nothing
     appears at `url`.
 
     Raises:
@@ -260,24 +260,24 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     is_local = isinstance(fs, LocalFileSystem)
     folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
-    # an upload's temporary file may be in a folder that other users can read
+    # an upload's temporary file may lie in a folder that other users can read
     mode = 0o666 if is_local else 0o600
     where = url if is_local else str(folder)
     try:
         with _temporary(folder, Path(path).name, mode) as temporary:
             yield temporary
             if is_local:
-                # before the rename: after a power cut the name must not stand for an empty file
+                # before the rename: after a power failure the name must not hold an empty file
                 with local.reader(temporary) as stream:
                     os.fsync(stream.fileno())
                 temporary.replace(path)
             else:
                 where = url
                 with _client_errors("write", url):
-                    # by fsspec's shared client, which retries; `remote.client` would not
+                    # with fsspec's shared client, which retries; `remote.client` does not
                     fs.put_file(str(temporary), path)
     except OSError as error:
-        # a full disk, for one, is reported without the file's name
+        # some errors, such as a full disk, come without the file's name
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, where) from error
@@ -285,16 +285,16 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary(folder: Path, name: str, mode: int) -> Iterator[Path]:
-    """Make an empty file beside `name` and hold it, so that `remove_abandoned` leaves it alone."""
+    """Create an empty file beside `name` and lock it, so that `remove_abandoned` keeps it."""
     while True:
         # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
         path = folder / f".{name}.{uuid.uuid4().hex}.tmp"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         try:
-            # not every network file system has locks; there, nothing is removed as abandoned
+            # some network file systems have no locks; there, nothing is removed as abandoned
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
-            # it may have been removed before it was held
+            # it may have been removed before it was locked
             if path.exists():
                 yield path
                 return
@@ -304,7 +304,7 @@ def _temporary(folder: Path, name: str, mode: int) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete what killed writers left in a local folder that others may be writing now."""
+    """Delete temporary files of killed writers in a local folder that others may be writing to."""
     for path in folder.iterdir():
         if TEMPORARY.fullmatch(path.name):
             local.remove_unlocked(path)
@@ -312,14 +312,14 @@ def remove_abandoned(folder: Path) -> None:
 
 @contextlib.contextmanager
 def local_copy(url: str) -> Iterator[Path]:
-    """Yield a local path to read `url` from: itself, or a copy for the length of the body.
+    """Yield a local path to read `url` from: itself, or a copy that is deleted after the body.
 
     Raises:
         ValueError: if it cannot be read.
     """
     fs, path = open_store(url)
     if isinstance(fs, LocalFileSystem):
-        with contextlib.suppress(FileNotFoundError):  # opening it reports that
+        with contextlib.suppress(FileNotFoundError):  # opening it reports this
             local.require_regular(path)
         yield Path(path)
         return
@@ -336,7 +336,7 @@ def local_copy(url: str) -> Iterator[Path]:
 
 
 def listing(url: str) -> list[dict[str, Any]]:
-    """Return fsspec's entries (`name`, `size`, `type`) of a folder; none if it does not exist.
+    """List fsspec's entries (`name`, `size`, `type`) of a folder; empty if it does not exist.
 
     Raises:
         OSError: if the store does not answer.
@@ -353,7 +353,7 @@ def listing(url: str) -> list[dict[str, Any]]:
 
 
 def names(url: str, kind: str = "file") -> list[str]:
-    """Return the names of the files in a folder, sorted; none if it does not exist.
+    """List the names of the files in a folder, sorted; empty if it does not exist.
 
     Raises:
         OSError: if the store does not answer.
@@ -363,20 +363,20 @@ def names(url: str, kind: str = "file") -> list[str]:
 
 
 def folders(url: str) -> list[str]:
-    """Return the names of the folders in a folder, as `names` does those of files."""
+    """List the names of the folders in a folder, as `names` does for files."""
     return names(url, "directory")
 
 
 def rename(url: str, name: str) -> None:
-    """Give the file at `url` another name in the same folder.
+    """Rename the file at `url` within its folder.
 
     Raises:
-        OSError: if it cannot be renamed, as where a folder has the name.
+        OSError: if it cannot be renamed, for example because a folder has that name.
     """
     fs, path = open_store(url)
     target = Path(path).with_name(name)
     if isinstance(fs, LocalFileSystem):
-        Path(path).replace(target)  # mv would move it into a folder of that name
+        Path(path).replace(target)  # mv would move it into an existing folder of that name
         return
     with _client_errors("rename", url):
         fs.mv(path, str(target))
@@ -390,7 +390,7 @@ def remove(url: str) -> None:
 
 
 def sweep(url: str) -> None:
-    """Delete what killed writers left in a folder that no other process writes now."""
+    """Delete temporary files of killed writers in a folder that no other process writes to."""
     for name in names(url):
         # the user's own hidden files stay
         if TEMPORARY.fullmatch(name):
@@ -398,37 +398,37 @@ def sweep(url: str) -> None:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write `data` to `url`, whole or not at all."""
+    """Write `data` to `url`, completely or not at all."""
     with publish(url) as path, local.writer(path) as stream:
         stream.write(data)
 
 
 def write_json(url: str, document: Any) -> None:
-    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all."""
+    """Write `document` to `url` as indented JSON with sorted keys, completely or not at all."""
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
     write_bytes(url, text.encode())
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Return the hex sha256 of `data`."""
+    """Hash bytes: sha256 in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_json(document: Any) -> str:
-    """Return the hex sha256 of a JSON document in its canonical (sorted, compact) form."""
-    # this form must not change: plans, manifests and finished runs are known by this hash
+    """Hash a JSON document in its canonical (sorted, compact) form: sha256 in hex."""
+    # this form must not change: plans, manifests and finished runs are identified by this hash
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return sha256_bytes(text.encode())
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a local file."""
+    """Hash a local file: sha256 in hex."""
     with local.reader(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the leaves in which two JSON documents differ: name, and both values (None: absent)."""
+    """Yield the leaves in which two JSON documents differ: name and both values (None: absent)."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             name = f"{prefix}.{key}" if prefix else key
@@ -438,20 +438,21 @@ def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, 
 
 
 def difference(old: Any, new: Any) -> list[str]:
-    """List the leaves in which two JSON documents differ, for a message, a line each."""
+    """Describe the leaves in which two JSON documents differ, one text per leaf."""
     return [f"{name}: {was!r} -> {now!r}" for name, was, now in differing(old, new)]
 
 
 def provenance() -> dict[str, Any]:
-    """Describe what produced a result, for its record: code, packages, interpreter, machine kind.
+    """Describe the origin of a result, for its record: code, packages, interpreter, machine kind.
 
-    No environment variable or host name is recorded; a command line with credentials was refused.
+    No environment variable or host name is recorded. Command lines with credentials are refused
+    earlier.
     """
     packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
     versions = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            # of the installed distribution: importing torch for its version would take seconds
+            # from the installed distribution: importing torch for its version would take seconds
             versions[name] = importlib.metadata.version(name)
     return {
         "rft": rft.__version__,
@@ -465,17 +466,17 @@ def provenance() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the source tree with `-dirty` if it is changed, or None if unknown.
+    """Find the commit of the source tree, with `-dirty` if it is modified; None if unknown.
 
-    A copy of the tree, such as launch/ makes for a run, has it in the file REVISION.
+    A copy of the tree, such as launch/ makes for a run, records it in the file REVISION.
     """
     folder = Path(rft.__file__).parents[1]
-    # the tree's own repository: one around it, say of an environment's packages, is another's
+    # only the tree's own repository: an enclosing one belongs to a different project
     if (folder / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             result = subprocess.run(command, capture_output=True, text=True, check=True)
             return result.stdout.strip()
-    # only here: a file that was left behind in a checkout would name an old commit
+    # after the repository: a file left behind in a checkout would name an old commit
     path = folder / "REVISION"
     return path.read_text().strip() if path.exists() else None

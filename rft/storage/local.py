@@ -1,8 +1,8 @@
-"""Files of this machine that others may have put there.
+"""Local files that other users may have created.
 
-What is read must be a regular file: opening a FIFO waits for a writer, and a device
-has no end. What is written must not lie behind a symbolic link, which would lead the write, or a
-deletion, to files that the user did not name. A folder that the user names may be a link.
+Only regular files are read: opening a FIFO waits for a writer, and a device has no end. Nothing is
+written through a symbolic link, which would redirect a write or a deletion to files that the user
+did not name. A folder that the user names may be a link.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 DEVICES = Path("/dev")
-REMOVE, COPY = "; remove it", "; copy what it holds to a regular file"
-# what is not regular, and what to do about it; a FIFO may be the shell's, as in `--classes <(...)`
+REMOVE, COPY = "; remove it", "; copy its content to a regular file"
+# kinds that are not regular, and the advice; a FIFO may be the shell's, as in `--classes <(...)`
 KINDS = {
     stat.S_IFIFO: ("a FIFO", COPY),
     stat.S_IFSOCK: ("a socket", REMOVE),
@@ -34,7 +34,7 @@ def require_regular(path: str | os.PathLike[str], status: os.stat_result | None 
 
     Raises:
         ValueError: for a FIFO, a socket, a device, a folder or (by its status) a link.
-        OSError: if it cannot be looked at.
+        OSError: if it cannot be examined.
     """
     mode = (status or os.stat(path)).st_mode  # noqa: PTH116 - a str is a path too
     if not stat.S_ISREG(mode):
@@ -45,32 +45,32 @@ def require_regular(path: str | os.PathLike[str], status: os.stat_result | None 
 def require_replaceable(path: Path) -> None:
     """Check that a file may be renamed to a path: only a regular file or a link is replaced.
 
-    What a link leads to is never written to. Root may replace devices, for the whole machine, and
-    `/dev/stdout` is a link; so nothing in `/dev` is replaced or added.
+    The target of a link is never written. Root could replace devices for the entire machine, and
+    `/dev/stdout` is a link, so nothing in `/dev` is replaced or added.
 
     Raises:
-        ValueError: for a folder, a device, a FIFO or a socket, and for whatever lies in `/dev`.
-        OSError: if it cannot be looked at.
+        ValueError: for a folder, a device, a FIFO or a socket, and for any path in `/dev`.
+        OSError: if it cannot be examined.
     """
-    # the parent alone: /dev/stdout itself resolves to a file or terminal elsewhere
+    # only the parent: /dev/stdout itself resolves to a file or terminal elsewhere
     if path.parent.resolve() == DEVICES:
-        raise ValueError(f"{path} lies in {DEVICES}, where nothing is written; name a regular file")
+        raise ValueError(f"{path} is in {DEVICES}, where rft does not write; name a regular file")
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:  # a new file
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         what, _ = KINDS.get(stat.S_IFMT(mode), OTHER_KIND)
-        raise ValueError(f"{path} is {what}, which is not replaced by a file; name a regular file")
+        raise ValueError(f"{path} is {what} and cannot be replaced; name a regular file")
 
 
 def remove_unlocked(path: Path) -> bool:
-    """Remove a regular file that no process holds a lock on; whether it was removed.
+    """Remove a regular file that no process has locked; return whether it was removed.
 
-    A file stays that is gone meanwhile, that is none, or whose file system has no locks.
+    Nothing happens if it has vanished, is not a regular file, or its file system has no locks.
     """
     with contextlib.suppress(OSError, ValueError):
-        # to write: NFS has an exclusive lock for such a descriptor alone
+        # opened for writing: NFS grants an exclusive lock only on such a descriptor
         descriptor = open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,9 +84,9 @@ def remove_unlocked(path: Path) -> bool:
 def open_regular(
     path: str | os.PathLike[str], flags: int = os.O_RDONLY, folder: int | None = None
 ) -> int:
-    """Open a regular file and return its descriptor; nothing else is waited for.
+    """Open a regular file and return its descriptor, without waiting on a FIFO or device.
 
-    A relative path starts from `folder`, a descriptor, if there is one.
+    A relative path starts from `folder`, an optional descriptor.
 
     Raises:
         ValueError: for a FIFO, a socket or a device; with O_NOFOLLOW also for a link.
@@ -97,7 +97,8 @@ def open_regular(
         # 0o666: the mode of a new file, before the user's umask
         descriptor = os.open(path, flags | WITHOUT_WAITING, 0o666, dir_fd=folder)
     except OSError as error:
-        # what cannot be opened may be what must not be: a link, a socket, a FIFO without a reader
+        # it may be a kind that is refused anyway (a link, a socket, a FIFO without a reader):
+        # that error is clearer
         if not isinstance(error, FileNotFoundError | IsADirectoryError):
             follows = not flags & os.O_NOFOLLOW
             require_regular(path, os.stat(path, dir_fd=folder, follow_symlinks=follows))
@@ -114,42 +115,45 @@ def open_regular(
 
 
 def reader(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a regular file to be read; raises as `open_regular`."""
+    """Open a regular file for reading; raises as `open_regular`."""
     return os.fdopen(open_regular(path), "rb")
 
 
 def writer(path: str | os.PathLike[str]) -> BufferedWriter:
-    """Empty a regular file and open it to be written, through no link; raises as `open_regular`."""
+    """Truncate a regular file and open it for writing, never through a link.
+
+    Raises as `open_regular`.
+    """
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb")
 
 
 def require_no_links(folder: Path, names: Iterable[str], hint: str = "") -> None:
-    """Check that what is written through in a folder is there itself, or not at all.
+    """Check that none of the names in a folder, through which files are written, is a link.
 
-    The folder may be a link; `hint` is what to do besides removing one in it.
+    They may be absent, and the folder itself may be a link. `hint` is advice besides removing it.
 
     Raises:
-        ValueError: naming the first that is a link.
+        ValueError: naming the first link.
     """
     for name in names:
         path = folder / name
         if path.is_symlink():
             raise ValueError(
-                f"{path} is a link, and nothing is written or deleted through links; remove it"
+                f"{path} is a link; rft never writes or deletes through links: remove it"
                 f"{hint and f', {hint}'}"
             )
 
 
 def require_own_folder(path: Path, option: str) -> None:
-    """Check that a folder is not a link which a different user put there.
+    """Check that a folder is not a link that a different user created.
 
-    In a folder that all may write, such as /tmp, it could lead to the user's own files.
+    In a world-writable folder, such as /tmp, it could point to the user's own files.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if it is such a link.
     """
     if path.is_symlink() and path.lstat().st_uid not in (os.geteuid(), 0):
         raise ValueError(
             f"{path} is a link that belongs to a different user; name a folder of your own with "
-            f"{option}"
+            f"{option} (docs/security.md#shared-folders)"
         )

@@ -1,14 +1,14 @@
-"""How large a zip archive's directory is, known before zipfile makes objects of it; no torch.
+"""The size of a zip archive's directory, checked before zipfile parses it; no torch.
 
-zipfile reads the whole directory when it opens an archive, and takes about ten times its bytes: a
-file of strangers that is nothing but a directory would take ten times itself in memory.
+zipfile reads the entire directory when it opens an archive, and needs about ten times its size in
+memory. An untrusted file may be nothing but a directory.
 """
 
 import struct
 from typing import BinaryIO
 
 END = struct.Struct("<4s4H2LH")  # the last record, where no comment follows
-LOCATOR = struct.Struct("<4sLQL")  # before it, in an archive that may be a large one (zip64)
+LOCATOR = struct.Struct("<4sLQL")  # before it, in a zip64 archive
 LARGE_END = struct.Struct("<4sQ2H2L4Q")  # before that
 
 
@@ -18,10 +18,10 @@ def require_small_directory(stream: BinaryIO, limit: int) -> None:
     The stream is at its start afterwards.
 
     Raises:
-        ValueError: if it has more, or does not end as an archive does.
+        ValueError: if it is larger, or the file does not end as an archive does.
     """
     size = stream.seek(0, 2)
-    # all three records, or the whole of a file that is shorter
+    # all three records, or all of a shorter file
     length = min(size, LARGE_END.size + LOCATOR.size + END.size)
     stream.seek(size - length)
     tail = stream.read(length)
@@ -36,10 +36,10 @@ def require_small_directory(stream: BinaryIO, limit: int) -> None:
     if locator.startswith(b"PK\6\7"):
         large = tail[: LARGE_END.size]
         place = LOCATOR.unpack(locator)[2]
-        # versions of zipfile look for it at either place
+        # some versions of zipfile look at one of these offsets, some at the other
         if not large.startswith(b"PK\6\6") or place != size - length:
-            raise ValueError("its directory is not where its end says")
-        # zipfile takes this size wherever a locator exists, whatever the last record says
+            raise ValueError("its directory is not where its last record points")
+        # zipfile uses this size if a locator exists, and ignores the last record's
         directory = LARGE_END.unpack(large)[8]
     if directory > limit:
-        raise ValueError(f"its directory has {directory:,} bytes; it may have {limit:,} at most")
+        raise ValueError(f"its directory has {directory:,} bytes; at most {limit:,} are allowed")

@@ -135,7 +135,7 @@ OWN = {
     "no JSON": (lambda d: d["__metadata__"].update(rft="[" * 10**5), "is not valid JSON"),
     "twice in JSON": (
         lambda d: d["__metadata__"].update(rft='{"step": "1", "step": "2"}'),
-        "'step' is there twice",
+        "'step' occurs twice",
     ),
     "a missing tensor": (
         lambda d: d.update({"other": d.pop("visual.conv1.weight")}),
@@ -186,7 +186,7 @@ def test_a_header_that_names_a_tensor_twice(good, tmp_path):
     text = json.dumps(document)
     text = text.replace('"head.bias"', '"head.bias": {"dtype": "I32"}, "head.bias"').encode()
     (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
-    with pytest.raises(ValueError, match=r"header of .*'head.bias' is there twice in one object"):
+    with pytest.raises(ValueError, match=r"header of .*'head.bias' occurs twice in one object"):
         header.read(tmp_path / "m.safetensors")
 
 

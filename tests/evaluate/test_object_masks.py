@@ -104,7 +104,7 @@ def test_masks_that_are_none(tmp_path):
     Image.effect_noise((40, 40), 50).save(stream, "PNG")
     for data in (b"", b"not an image", stream.getvalue()[:-900]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"mask.png (is no readable PNG|cannot be decoded)"):
+        with pytest.raises(ValueError, match=r"mask.png (is not a readable PNG|cannot be decoded)"):
             read_mask(path, (16, 16), 16)
 
 

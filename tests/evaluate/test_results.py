@@ -61,7 +61,7 @@ def test_no_predictions_are_written_behind_a_link(train, tiny_data, tmp_path, re
     (run / "predictions").symlink_to(tmp_path / "theirs")
     line = refused(command, run, "--data", tiny_data, "--sets", "imagenet-r", "--workers", 0)
     assert line == (
-        f"error: {run / 'predictions'} is a link, and nothing is written or deleted through links; "
+        f"error: {run / 'predictions'} is a link; rft never writes or deletes through links: "
         "remove it"
     )
     assert not list((tmp_path / "theirs").iterdir())

@@ -264,7 +264,7 @@ def test_server_without_ranges(nginx: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
     packed = PackedDataset(f"{nginx}/norange/{TRAIN}")
     for sample in range(len(packed)):
-        with pytest.raises(ValueError, match="does not serve ranges") as caught:
+        with pytest.raises(ValueError, match="does not support range requests") as caught:
             packed.payload(sample)
         assert f"{packed.url}/{packed.manifest.shards[packed.shard_of(sample)].name}" in str(
             caught.value

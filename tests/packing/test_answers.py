@@ -23,30 +23,33 @@ from tests.servers.s3 import ObjectStore, use_environment
 pytestmark = pytest.mark.slow  # together
 
 LATER = "run the same command again later"
-NO_RANGES = "the server does not serve ranges of it"
+NO_RANGES = "the server does not support range requests"
 NO_PERMISSION = "no permission, or no such file in a store that may not be listed"
-HTML = "the server sends a web page in its place"
+HTML = "the server sent a web page instead of the file"
 FAILS = {
-    "401": r"401 Unauthorized: it needs a login",
+    "401": r"401 Unauthorized: login required",
     "403": rf"403 Forbidden: {NO_PERMISSION}",
     "410": r"410 Gone",
     "429": rf"429 Too Many Requests: {LATER} \(3 tries\)",
     "500": rf"500 Internal Server Error: {LATER} \(3 tries\)",
     "503": rf"503 Service Unavailable: {LATER} \(3 tries\)",
     "html": HTML,
-    "203": "the server sends 203 Non-Authoritative Information, which is no file",
-    "300": "the server sends 300 Multiple Choices, which is no file",
-    "302": "the server sends 302 Found, which is no file",
-    "silent": rf"no answer in time; {LATER} \(3 tries\)",
+    "203": "the server answered 203 Non-Authoritative Information without a file",
+    "300": "the server answered 300 Multiple Choices without a file",
+    "302": "the server answered 302 Found without a file",
+    "silent": rf"request timed out; {LATER} \(3 tries\)",
     **dict.fromkeys(
-        ("shifted", "endless", "longer"), "the server sends other bytes than were requested"
+        ("shifted", "endless", "longer"), "the server sent different bytes than requested"
     ),
 }
 SHARD_FAILS = {
     **FAILS,
     **dict.fromkeys(("norange", "gzip", "chunked", "unsized"), NO_RANGES),
 }
-FILE_FAILS = {**FAILS, "unsized": "the server does not tell its size, so it may be cut off"}
+FILE_FAILS = {
+    **FAILS,
+    "unsized": "the server does not report the file's size, so it may be truncated",
+}
 WORKS = ("plain", "redirect", "nohead", "503 x1", "503 x2", "429 x2")
 WHOLE_WORKS = (*WORKS, "norange", "gzip", "chunked")
 
@@ -152,8 +155,8 @@ BESIDE = {"classnames.txt": "n03\nn02\n", "test/nshards.txt": "2\n"}
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("classnames.txt", "sloth bear\nred fox\ntoad\n", "'sloth bear' in place 0"),
-        ("test/nshards.txt", "3\n", "says 3 shards, 2 of that folder are given"),
+        ("classnames.txt", "sloth bear\nred fox\ntoad\n", "'sloth bear' at index 0"),
+        ("test/nshards.txt", "3\n", "says 3 shards, but 2 of that folder are named"),
     ],
 )
 @pytest.mark.parametrize("mode", WHOLE_WORKS)
@@ -171,7 +174,7 @@ def test_only_not_found_means_absent(served: Path, tmp_path: Path, mode: str, na
     """No other answer counts as "no such file"; an option skips the file."""
     (served / name).write_text(BESIDE[name])
     with odd_server(served, mode, name) as server:
-        reason = FILE_FAILS[mode] + ".*; if there is none, pass --skip-beside"
+        reason = FILE_FAILS[mode] + ".*; if no such file exists, pass --skip-beside"
         rejects(
             server.url, f"{Path(name).name}: {reason}", lambda: index(server.url, tmp_path / "out")
         )

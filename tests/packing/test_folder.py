@@ -115,7 +115,7 @@ def test_hidden_files_are_passed_over_and_counted(photos: Path) -> None:
     assert found.sources == before.sources
     assert before.notes == []
     assert found.notes == [
-        "passed over by name: 2 .*, 1 ._*, 1 Thumbs.db",
+        "skipped by name: 2 .*, 1 ._*, 1 Thumbs.db",
         "not read: photos/README.txt",
     ]
 
@@ -123,7 +123,7 @@ def test_hidden_files_are_passed_over_and_counted(photos: Path) -> None:
 MISTAKES = {
     "nothing": (lambda root: shutil.rmtree(root), "no such folder"),
     "no classes": (lambda root: [shutil.rmtree(p) for p in root.iterdir()], "no class folders"),
-    "beside": (lambda root: write_images(root, "1.jpg"), "1.jpg lies in no class folder"),
+    "beside": (lambda root: write_images(root, "1.jpg"), "1.jpg is not in a class folder"),
     "other file": (
         lambda root: (root / "dog" / "a.txt").write_text(""),
         r"not an image: .*a\.txt;",
@@ -135,7 +135,7 @@ MISTAKES = {
     "empty class": (lambda root: (root / "empty").mkdir(), "empty holds no images"),
     "unknown class": (lambda root: write_images(root, "cow/1.jpg"), "unknown class: folder 'cow'"),
     "missing class": (lambda root: shutil.rmtree(root / "dog"), r"1 of 2 .* \(first: dog\)"),
-    "loop": (lambda root: (root / "dog" / "again").symlink_to(root / "dog"), "was read already"),
+    "loop": (lambda root: (root / "dog" / "again").symlink_to(root / "dog"), "was already read"),
 }
 
 
@@ -356,7 +356,7 @@ def test_command_names_what_it_passes_over_and_equal_images(photos: Path, tmp_pa
     # a repeated option adds to the first
     code, said, err = run(*arguments, "--ignore", "*.MOV", "--ignore", "notes")
     assert code == 0
-    assert "passed over by name: 1 *.MOV (--ignore), 1 @eaDir, 1 notes (--ignore)\n" in said
+    assert "skipped by name: 1 *.MOV (--ignore), 1 @eaDir, 1 notes (--ignore)\n" in said
     assert "class dog (dog): 5 train, 1 test" in said
     first, second = unstamped(err).splitlines()
     assert first.startswith("WARNING: 1 pair of equal images in two classes")

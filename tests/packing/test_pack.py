@@ -222,7 +222,7 @@ def refused_before_packing(tmp_path: Path, folders: int, labels: LabelSpace = LA
 def test_keys_that_no_reader_takes_are_refused_before_packing(tmp_path: Path) -> None:
     said = refused_before_packing(tmp_path, 6)
     assert said.startswith(f"{tmp_path}/in/n01/{KEPT}/")
-    assert "1.JPEG would have a key of 1,211 letters, at most 1,024 are read; shorten" in said
+    assert "1.JPEG would have a key of 1,211 letters, more than the limit of 1,024; shorten" in said
 
 
 def test_an_index_that_no_reader_takes_is_refused_before_packing(
@@ -238,7 +238,7 @@ def test_a_manifest_that_no_reader_takes_is_refused_before_packing(tmp_path: Pat
     many = tuple(f"{n} {{c}}" for n in range(1001))
     labels = LabelSpace(ids=LABELS.ids, names=LABELS.names, templates=many)
     said = refused_before_packing(tmp_path, 1, labels)
-    assert said.startswith("own: no manifest can hold its label space (templates is ")
+    assert said.startswith("own: a manifest cannot hold its label space (templates is ")
     assert said.endswith("; it must have at most 1000 elements); change --classes")
 
 
@@ -648,7 +648,7 @@ def test_a_damaged_record_is_named(half_packed: Path, tmp_path: Path, kind: str,
     with pytest.raises(ValueError, match=message) as raised:
         pack("imagenet-train", source, str(tmp_path / "out"), LABELS, with_options(task="0/2"))
     assert str(raised.value).startswith(str(record))
-    assert str(raised.value).endswith("; delete it and run the same command again")
+    assert str(raised.value).endswith("; delete it and rerun the same command")
     assert snapshot(tmp_path / "out") == before
 
 
@@ -782,7 +782,7 @@ def test_workers_end_with_their_parent(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, r"another plan \(seed: 0 -> 1\)"),
+        ({"seed": 1}, r"different plan \(seed: 0 -> 1\)"),
         ({"encoding": "original"}, "encoding.kind: 'pixels' -> 'original'"),
         ({"shard_mb": 1}, "shard_bytes: 4194 -> 1048576"),
     ],
@@ -819,14 +819,16 @@ def test_a_plan_that_came_to_nothing_gives_way(
     packing.claim(first, str(url))
     (url / "commit").mkdir()
     (url / "commit" / f".000000.json.{'0' * 32}.tmp").write_text("half")
-    with pytest.raises(ValueError, match="holds another plan"):
+    with pytest.raises(ValueError, match="holds a different plan"):
         pack("imagenet-val", source, str(tmp_path), LABELS, with_options(finalize=True))
     assert pack("imagenet-val", source, str(tmp_path), LABELS, PIXELS)
-    assert "held another plan (seed: 1 -> 0) but no shard yet: replaced" in capsys.readouterr().out
+    assert (
+        "held a different plan (seed: 1 -> 0) but no shard yet: replaced" in capsys.readouterr().out
+    )
     before = snapshot(tmp_path)
     # and the first one, which may still be at its first shard, must not spoil it
     for job in make_jobs(first, str(url)):
-        with pytest.raises(ValueError, match="was taken over by a run with another plan"):
+        with pytest.raises(ValueError, match="was taken over by a run with a different plan"):
             write_shard(job)
     assert snapshot(tmp_path) == before
 
@@ -835,8 +837,8 @@ def test_a_plan_that_came_to_nothing_gives_way(
 
 BAD = {
     "n01/4.jpg": "cannot be decoded: image file is truncated (N bytes not processed)",
-    "n01/7.jpg": "is no readable JPEG, PNG or WebP image",
-    "n02/2.jpg": "is no readable JPEG, PNG or WebP image",
+    "n01/7.jpg": "is not a readable JPEG, PNG or WebP image",
+    "n02/2.jpg": "is not a readable JPEG, PNG or WebP image",
 }
 
 

@@ -94,9 +94,9 @@ UNCLEAR = {
     "two training splits": (["Train", "train", "test"], "'Train' and 'train': which is the train"),
     "two test splits": (["train", "test", "test_set"], "'test' and 'test_set': which is the test"),
     "two validation splits": (["train", "val", "valid"], "'val' and 'valid': which is the val"),
-    "no test": (["train", "unsorted"], "'train', which looks like a split, and no test or valid"),
-    "train alone": (["Training"], "'Training', which looks like a split, and no test or valid"),
-    "no train": (["test"], "'test', which looks like a split, and no training split"),
+    "no test": (["train", "unsorted"], "'train', which looks like a split, but no test or valid"),
+    "train alone": (["Training"], "'Training', which looks like a split, but no test or valid"),
+    "no train": (["test"], "'test', which looks like a split, but no training split"),
     "prefixes": (["seg_train", "seg_test", "seg_pred"], "'seg_train' and 'seg_test' .* look like"),
     "camels": (["trainA", "testA"], "'trainA' and 'testA' .* look like splits"),
     "another language": (["Übung", "Prüfung"], "'Prüfung' and 'Übung' .* same names .'cat', 'dog'"),
@@ -128,7 +128,9 @@ def test_what_looks_like_splits_and_is_unclear_is_refused(tmp_path: Path, case: 
 def test_a_test_split_without_labels_is_refused(tmp_path: Path) -> None:
     classes(tmp_path / "train", "cat", "dog")
     fill(tmp_path, "test/1.jpg", "test/2.jpg")
-    with pytest.raises(ValueError, match=r"test looks like a split .* no class folders.*--ignore"):
+    with pytest.raises(
+        ValueError, match=r"test is named like a split, .* no class folders.*--ignore"
+    ):
         read(tmp_path)
     classes(tmp_path / "val", "cat", "dog")
     assert found(read(tmp_path, None, "test")) == {"train": "train", "test": "val"}
@@ -160,7 +162,7 @@ def test_what_lies_beside_the_splits_is_named_and_counted(tmp_path: Path) -> Non
     classes(tmp_path / "unsorted", "cat", "cow")
     fill(tmp_path, "readme.md", "9.jpg", "notes/a.txt", "@eaDir/9.jpg", "test/labels.csv")
     assert read(tmp_path).notes == [
-        "passed over by name: 1 @eaDir",
+        "skipped by name: 1 @eaDir",
         "not read: notes/ (0 images), unsorted/ (8 images), 9.jpg, readme.md, test/labels.csv",
     ]
 
@@ -188,7 +190,7 @@ def test_a_level_too_high_is_refused_with_the_right_one(tmp_path: Path, above: s
     classes(tmp_path / above, "cat", "dog")
     fill(tmp_path, "__MACOSX/animals/._cat", ".DS_Store", "@eaDir/1.jpg")
     with pytest.raises(
-        ValueError, match=f"holds a single folder.*give the folder {tmp_path}/{above}$"
+        ValueError, match=f"holds a single folder.*name the folder {tmp_path}/{above}$"
     ):
         read(tmp_path)
     with pytest.raises(ValueError, match="holds a single folder"):
@@ -199,14 +201,14 @@ def test_a_level_too_high_is_refused_with_the_right_one(tmp_path: Path, above: s
 def test_a_level_above_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         classes(tmp_path / "animals" / split, "cat", "dog")
-    with pytest.raises(ValueError, match=f"give the folder {tmp_path}/animals$"):
+    with pytest.raises(ValueError, match=f"name the folder {tmp_path}/animals$"):
         read(tmp_path)
 
 
 def test_a_level_too_many_inside_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         classes(tmp_path / split / "images", "cat", "dog")
-    with pytest.raises(ValueError, match=r"seem to lie in .*train/images; move them up"):
+    with pytest.raises(ValueError, match=r"seem to be in .*train/images; move them up"):
         read(tmp_path)
 
 
@@ -229,7 +231,7 @@ def test_a_single_class_in_a_label_space_is_refused() -> None:
 
 
 def test_a_level_too_low(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="if cat is a class itself, give the folder above it"):
+    with pytest.raises(ValueError, match="if cat is a class itself, name the folder above it"):
         read(fill(tmp_path / "cat", "1.jpg", "old/2.jpg"))
 
 
@@ -239,7 +241,7 @@ def test_groups_of_classes_are_warned_of(tmp_path: Path) -> None:
     animals, plants = read(tmp_path).warnings
     assert "class 'animals'" in animals
     assert "only folders ('cat', 'dog')" in animals
-    assert f"give the folder {tmp_path}/plants" in plants
+    assert f"name the folder {tmp_path}/plants" in plants
     assert read(tmp_path, space("animals", "plants")).warnings == []
 
 
@@ -254,41 +256,41 @@ def test_folders_in_class_folders_belong_to_them(tmp_path: Path) -> None:
 TOO_HIGH = {
     "years": (
         [f"{year}/photos/{name}" for year in (2023, 2024) for name in ("cat", "dog")],
-        "'2023/photos' and '2024/photos' .* hold folders of the same names .'cat', 'dog'",
+        "'2023/photos' and '2024/photos' .* hold folders with the same names .'cat', 'dog'",
         "2023/photos",
     ),
     "years, deeper": (
         [f"{year}/a/b/{name}" for year in (2023, 2024) for name in ("cat", "dog", "cow")],
-        "hold folders of the same names .'cat', 'cow', 'dog'",
+        "hold folders with the same names .'cat', 'cow', 'dog'",
         "2023/a/b",
     ),
     "a chain each": (
         ["2023/photos/cat", "2023/photos/dog", "2024/pics/cat", "2024/pics/dog"],
-        "'2023/photos' and '2024/pics' .* hold folders of the same names",
+        "'2023/photos' and '2024/pics' .* hold folders with the same names",
         "2023/photos",
     ),
     "other folders in each": (
         ["x/photos/cat", "x/photos/dog", "y/photos/rose", "y/photos/fern"],
-        "every folder in .* holds nothing but 'photos' with further folders",
+        "every folder in .* holds only 'photos' with further folders",
         "x/photos",
     ),
     "a training split in each": (
         [f"set{n}/train/{name}" for n in (1, 2) for name in "ab"],
-        "'set1/train' and 'set2/train' .* hold folders of the same names",
+        "'set1/train' and 'set2/train' .* hold folders with the same names",
         "set1/train",
     ),
     "of a single class": (
         ["a/train/x", "b/train/x"],
-        "every folder in .* called like a split .a/train",
+        "every folder in .* named like a split .a/train",
         "a/train",
     ),
-    "splits of the classes": (["a/train", "b/train"], "called like a split .a/train", "a/train"),
-    "a split each": (["a/train", "b/Testing"], "called like a split .a/train", "a/train"),
-    "two splits": (["a/test", "a/val", "b/test"], "called like a split .a/test", "a/test"),
+    "splits of the classes": (["a/train", "b/train"], "named like a split .a/train", "a/train"),
+    "a split each": (["a/train", "b/Testing"], "named like a split .a/train", "a/train"),
+    "two splits": (["a/test", "a/val", "b/test"], "named like a split .a/test", "a/test"),
     "a split below a folder": (["a/x/train", "b/x/train"], "split .a/x/train", "a/x/train"),
     "a split of one set": (
         ["data/train/a", "data/train/b", "readme/x", "readme/y"],
-        "'data' in .* called like a split .data/train",
+        "'data' in .* named like a split .data/train",
         "data/train",
     ),
 }
@@ -300,7 +302,7 @@ def test_a_level_too_high_below_several_folders(tmp_path: Path, case: str) -> No
     folders, message, better = TOO_HIGH[case]
     classes(tmp_path, *folders)
     fill(tmp_path, "@eaDir/1.jpg", f"{folders[0]}/.DS_Store")
-    with pytest.raises(ValueError, match=f"{message}.*give the folder {tmp_path}/{better}[,; ]"):
+    with pytest.raises(ValueError, match=f"{message}.*name the folder {tmp_path}/{better}[,; ]"):
         read(tmp_path)
     # explicit --classes are respected
     named = sorted({folder.split("/")[0] for folder in folders})
@@ -318,11 +320,11 @@ def test_splits_deep_in_a_class_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folders", "named"),
     [
-        (["cat/train", "dog"], "'train' in {}/cat is called"),
-        (["cat", "cat/test", "dog"], "'test' in {}/cat is called"),
-        (["cat", "cat/test", "dog", "dog/val"], "'test' in {}/cat .and in 1 more. is called"),
-        (["cat/x/dev", "cat/y", "dog"], "'dev' in {}/cat is called"),
-        (["cat/val", "cat/test", "dog"], "'test', 'val' in {}/cat is called"),
+        (["cat/train", "dog"], "'train' in {}/cat is named"),
+        (["cat", "cat/test", "dog"], "'test' in {}/cat is named"),
+        (["cat", "cat/test", "dog", "dog/val"], "'test' in {}/cat .and in 1 more. is named"),
+        (["cat/x/dev", "cat/y", "dog"], "'dev' in {}/cat is named"),
+        (["cat/val", "cat/test", "dog"], "'test', 'val' in {}/cat is named"),
     ],
 )
 def test_a_split_in_one_class_is_warned_of(tmp_path: Path, folders: list[str], named: str) -> None:
@@ -338,7 +340,7 @@ def test_groups_of_classes_below_a_folder_are_warned_of(tmp_path: Path) -> None:
     (warning,) = read(tmp_path).warnings
     assert warning.startswith("class 'animals'")
     assert warning.endswith(
-        f"only folders ('cat', 'dog'); if those are the classes, give the folder "
+        f"only folders ('cat', 'dog'); if those are the classes, name the folder "
         f"{tmp_path}/animals/photos"
     )
 
@@ -398,7 +400,7 @@ def test_system_folders_are_passed_over_at_any_depth(tmp_path: Path, place: str,
     after = read(tmp_path)
     assert (after.sources, after.labels) == (before.sources, before.labels)
     (note,) = after.notes
-    assert note.casefold() == f"passed over by name: 1 {name.casefold()}"
+    assert note.casefold() == f"skipped by name: 1 {name.casefold()}"
 
 
 THUMBS = ["thumbs", "thumb", "Thumbnails", "thumbnail", "_thumb", "_thumbs", ".thumbs", "THUMBS_"]
@@ -414,7 +416,7 @@ def test_thumbnails_in_class_folders_are_passed_over(tmp_path: Path, place: str,
     after = read(tmp_path)
     assert (after.sources, after.labels) == (before.sources, before.labels)
     counted = ".*" if name.startswith(".") else name.casefold()
-    assert after.notes == [f"passed over by name: 1 {counted}"]
+    assert after.notes == [f"skipped by name: 1 {counted}"]
 
 
 @pytest.mark.parametrize("name", ["thumbs", "Thumbnails", "_thumb"])
@@ -455,7 +457,7 @@ def test_system_files_are_passed_over(tmp_path: Path, name: str) -> None:
     fill(tmp_path, f"cat/{name}", name)
     after = read(tmp_path)
     assert after.sources == before.sources
-    assert after.notes[0].startswith("passed over by name: 2 ")
+    assert after.notes[0].startswith("skipped by name: 2 ")
     assert after.notes[0].isprintable()
 
 
@@ -467,7 +469,7 @@ def test_ignore(tmp_path: Path) -> None:
     after = read(tmp_path, None, "*.mov", "*.AAE", "RAW", "unsorted", "*.heic")
     assert after.sources == before.sources
     assert after.notes == [
-        "passed over by name: 2 *.mov (--ignore), 1 *.AAE (--ignore), 1 RAW (--ignore), "
+        "skipped by name: 2 *.mov (--ignore), 1 *.AAE (--ignore), 1 RAW (--ignore), "
         "1 unsorted (--ignore)"
     ]
     assert after.warnings == ["--ignore '*.heic' matches nothing"]
@@ -481,7 +483,7 @@ def test_system_folders_beside_official_classes(tmp_path: Path) -> None:
     fill(tmp_path, "train/@eaDir/1.jpg", "train/#recycle/1.jpg", "train/README.txt")
     after = read_source("imagenet-train", tmp_path, labels)
     assert after.items == before.items
-    assert after.layout.endswith("(2 system folders passed over: #recycle, @eaDir)")
+    assert after.layout.endswith("(2 system folders skipped: #recycle, @eaDir)")
     fill(tmp_path, "train/n01/Thumbs.db")
     with pytest.raises(ValueError, match=r"not an image: .*Thumbs\.db"):
         read_source("imagenet-train", tmp_path, labels)
@@ -616,7 +618,9 @@ def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_ids_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"class ids 'caf\\xe9' and 'cafe\\u0301' are one name"):
+    with pytest.raises(
+        ValueError, match=r"class ids 'caf\\xe9' and 'cafe\\u0301' are the same name"
+    ):
         space(COMPOSED, APART)
 
 
@@ -675,7 +679,7 @@ def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
     photos = read(tmp_path / "photos", share=0)
     assert len(photos.sources[0].items) == 9
     first = tmp_path / "photos" / "cat" / "link.jpg"
-    rest = f"out of {tmp_path}/photos, and what lies there is packed: {first}"
+    rest = f"out of {tmp_path}/photos, and the targets are packed: {first}"
     assert photos.notes == [f"a link leads {rest}"]
     for number in range(2):
         first.with_name(f"z{number}.jpg").symlink_to(tmp_path / "elsewhere.jpg")
@@ -702,7 +706,7 @@ def test_a_folder_that_lies_elsewhere_is_named(tmp_path: Path, name: str) -> Non
     place.symlink_to(tmp_path / "elsewhere")
     (note,) = read(tmp_path / "photos").notes
     assert note.startswith("a link leads out of ")
-    assert note.endswith(f"is packed: {place}")
+    assert note.endswith(f"are packed: {place}")
 
 
 def test_a_broken_link_in_place_of_a_class_is_refused(tmp_path: Path) -> None:

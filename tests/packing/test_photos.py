@@ -302,7 +302,7 @@ def test_a_set_that_was_packed_without_the_key(photos: Path, tmp_path: Path) -> 
     turned = samples["cat_turned"]
     assert (packed.index.width[turned], packed.index.height[turned]) == (48, 32)
     assert (packed.image(samples["dog_clear"], 16) == 0).all()
-    with pytest.raises(ValueError, match=r"holds another plan \(encoding\.photos: "):
+    with pytest.raises(ValueError, match=r"holds a different plan \(encoding\.photos: "):
         pack_photos(photos, tmp_path / "out", "original")
 
 

@@ -119,7 +119,7 @@ def test_the_same_command_again_makes_nothing_anew(two):
     assert result.returncode == 0, result.stderr
     assert made(out) == before
     # finished stages are not measured
-    table = result.stdout.partition("stages, all but the last are done already:\n")[2]
+    table = result.stdout.partition("stages, all but the last are already done:\n")[2]
     rows = [line.split("  ", 2)[1:] for line in table.partition("\n  all ")[0].splitlines()]
     done = [name for name, state in rows if state.strip() == "done"]
     assert done == [name for name, _ in rows if name != "report"]
@@ -132,7 +132,8 @@ def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refu
     before = made(out)
     line = refused(command, *words(root, out, "--epochs", 3, "--seed", 1))
     assert line == (
-        f"error: {out} was made with --epochs 1 --seed 0: use that as before, or another --out"
+        f"error: {out} was made with --epochs 1 --seed 0: pass the same options, or choose another "
+        "--out"
     )
     more = shutil.copytree(root, tmp_path / "more")
     write(more, [6, 0], first=130)
@@ -188,7 +189,7 @@ def test_all_that_cannot_be_used_is_named_at_once_with_the_command(tmp_path, cap
     # the ignored class needs no words
     text = dry(root, out, *typed[3 + len(options) :], folders=["c000", "c001"])
     assert "empty.jpg is empty; it is left out (--max-bad)" in text
-    assert "passed over by name: 1 *.heic (--ignore), 1 about [[]1] (--ignore), 1 lone" in text
+    assert "skipped by name: 1 *.heic (--ignore), 1 about [[]1] (--ignore), 1 lone" in text
 
 
 @pytest.mark.slow
@@ -197,7 +198,7 @@ def test_unbalanced_classes_are_named(tmp_path):
     assert "unbalanced: red bricks zero has 160 photos to train on, red bricks one 1;" in text
     assert "too few photos to hold some out of training" in text
     assert "wise-object-mask-single-fill-0.5 is exported" in text
-    assert "200 to train on would be enough, of each class two or more; there are 161" in text
+    assert "200 to train on would be enough, with two or more of each class; you have 161" in text
 
 
 @pytest.mark.slow
@@ -253,7 +254,7 @@ def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     result = photos(root, out, "--epochs", 0, "--max-bad", 1)
     assert result.returncode == 0, result.stderr
-    assert "200 to train on would be enough; there are 199" in result.stdout
+    assert "200 to train on would be enough; you have 199" in result.stdout
     assert not (out / "choice.json").exists()
     assert result.stdout.splitlines()[-5] == "chosen: wise-object-mask-single-fill-0.5"
 
@@ -320,7 +321,7 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, refused):
     (tmp_path / "a.txt").touch()
     assert "--example tries the command" in refused(command, "--out", out)
     line = refused(command, "--ignore", "*.heic", root, "--out", out)
-    assert f"--ignore took '{root}' as a name to pass over: write it before the options" in line
+    assert f"--ignore took '{root}' as a name to skip: write it before the options" in line
     assert "a.txt is a file; name the folder" in refused(command, tmp_path / "a.txt", "--out", out)
     assert "leave" in refused(command, root, "--out", out, "--example")
     one = write(tmp_path / "one", [4])
@@ -341,7 +342,7 @@ def test_an_out_that_cannot_be_written_is_refused_at_once(tmp_path, refused, bel
     assert f"--out {file / below}: {file} is a file; name a folder" in line
     if Path("/proc/self").exists():
         line = refused(command, root, "--out", Path("/proc/x") / below, "--dry-run")
-        assert "nothing can be written into /proc" in line
+        assert "cannot write into /proc" in line
     # the trial leaves nothing behind
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["photos"]
 

@@ -36,7 +36,9 @@ def test_the_same_photos_in_a_different_place_pass(begun, tmp_path):
 
 def test_other_options_are_named_as_they_were(begun):
     root, out = begun
-    with pytest.raises(ValueError, match=r"out was made with --epochs 10 --seed 0: use that as"):
+    with pytest.raises(
+        ValueError, match=r"out was made with --epochs 10 --seed 0: pass the same options"
+    ):
         record.agree(out, of(root, epochs="3", seed="1"))
 
 
@@ -53,7 +55,7 @@ def test_a_photo_that_was_exchanged_is_a_change(begun):
     root, out = begun
     path = root / "c000" / "0.png"
     path.write_bytes(path.read_bytes() + b"0")
-    with pytest.raises(ValueError, match=r"\(other files, again \d+ to t"):
+    with pytest.raises(ValueError, match=r"\(\d+ as before, but other files to t"):
         record.agree(out, of(root))
 
 
@@ -66,7 +68,7 @@ def test_classes_are_compared(begun):
         path.unlink()
     (root / "fox").rmdir()
     (root / "c001").rename(root / "d001")
-    with pytest.raises(ValueError, match="other names or prompts of the classes"):
+    with pytest.raises(ValueError, match="different names or prompts of the classes"):
         record.agree(out, of(root))
 
 

@@ -164,7 +164,7 @@ def test_a_page_has_a_bounded_number_of_images(predict, folder, tmp_path, monkey
     code, _, _ = predict(folder, "--html", tmp_path / "p.html")
     page = Page(tmp_path / "p.html")
     assert (code, len(page.of("img"))) == (0, 2)
-    assert "The first 2 images are shown." in page.text
+    assert "Only the first 2 images are shown." in page.text
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder, tmp_path):
@@ -174,11 +174,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     code, printed, errors = predict(folder, "--out", out, "--html", html)
     assert code == 1
     assert errors[0].endswith("2 files not read:")
-    assert f"  {folder}/broken.jpg is no readable JPEG, PNG or WebP image" in errors
-    assert any("phone.heic is no image by its name" in line for line in errors)
+    assert f"  {folder}/broken.jpg is not a readable JPEG, PNG or WebP image" in errors
+    assert any("phone.heic does not have an image's suffix" in line for line in errors)
     assert printed[0].startswith("3 images, ")
     assert len(out.read_text().splitlines()) == 1 + 3
-    assert "broken.jpg is no readable" in Page(html).text
+    assert "broken.jpg is not a readable" in Page(html).text
     # an ignored file is not an error
     (folder / "broken.jpg").unlink()
     assert predict(folder, "--ignore", "*.heic")[0] == 0
@@ -187,7 +187,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     assert predict(folder, "--ignore", "*.heic", "--ignore", "*.txt")[0] == 0
     code, _, (error,) = predict("--ignore", "*.heic", folder)
     assert code == 2
-    assert f"--ignore took '{folder}' as a name to pass over: write it before" in error
+    assert f"--ignore took '{folder}' as a name to skip: write it before" in error
 
 
 def test_files_of_an_earlier_call_may_lie_beside_the_images(predict, folder):
@@ -210,7 +210,7 @@ def test_nothing_is_written_where_nothing_was_read(predict, folder, tmp_path):
     (tmp_path / "bad.jpg").touch()
     code, _, errors = predict(tmp_path / "bad.jpg", "--out", tmp_path / "p.csv")
     assert (code, len(errors)) == (2, 1)
-    assert errors[0].startswith("error: no image was read, of 1; the first: ")
+    assert errors[0].startswith("error: none of 1 images could be read; first: ")
     assert not (tmp_path / "p.csv").exists()
 
 
@@ -253,10 +253,10 @@ def test_what_exists_as_something_else_is_not_replaced(home, folder, tmp_path, r
 
     for option in ("--out", "--html"):
         assert "exists and was not written by rft predict" in line(option, photo)
-        assert "is a folder, which is not replaced" in line(option, tmp_path / "folder")
+        assert "is a folder and cannot be replaced" in line(option, tmp_path / "folder")
         assert "it must be a local folder or file" in line(option, "s3://bucket/x")
     both = tmp_path / "both"
-    assert "name two files" in line("--out", both, "--html", both)
+    assert "name two different files" in line("--out", both, "--html", both)
     assert "name one with --html" in line("--cam")
     assert photo.read_bytes() == before
     assert not both.exists()

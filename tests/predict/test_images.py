@@ -43,8 +43,8 @@ def test_other_files_in_a_folder_are_refused_and_named_ones_are_tried(tmp_path):
     found = find_images([tmp_path])
     assert listed(tmp_path, found) == ["a.jpg"]
     assert sorted(found.refused) == [tmp_path / "b.HEIC", tmp_path / "sub" / "README"]
-    assert "pass it over with --ignore '*.heic'" in found.refused[tmp_path / "b.HEIC"]
-    assert "pass it over with --ignore 'README'" in found.refused[tmp_path / "sub" / "README"]
+    assert "skip it with --ignore '*.heic'" in found.refused[tmp_path / "b.HEIC"]
+    assert "skip it with --ignore 'README'" in found.refused[tmp_path / "sub" / "README"]
     named = find_images([tmp_path / "b.HEIC", tmp_path / "none.jpg"])
     assert listed(tmp_path, named) == ["b.HEIC", "none.jpg"]
 
@@ -67,7 +67,7 @@ def test_images_come_in_their_order_without_those_that_cannot_be_read(tmp_path):
         assert part.images_BCHW[:, 0, 0, 0].tolist() == part.numbers
     assert sorted(refused) == [3, 9]
     assert "none.jpg cannot be read: No such file" in str(refused[3])
-    assert "image 9 cannot be read: its pixels are of mode LAB" in str(refused[9])
+    assert "image 9 cannot be read: unsupported pixel mode LAB" in str(refused[9])
 
 
 def test_one_opened_image_may_be_given_many_times(tmp_path):

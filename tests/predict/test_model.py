@@ -97,7 +97,7 @@ def test_of_equal_logits_the_first_class_comes_first(model):
         model.predictions(torch.zeros(1, 4), top=0)
     # results.json may contain any value
     tiny_one = dataclasses.replace(model, temperature=1e-308)
-    with pytest.raises(ValueError, match="its temperature, 1e-308, is no real one"):
+    with pytest.raises(ValueError, match="its temperature, 1e-308, is not usable"):
         tiny_one.predictions(torch.tensor([[100.0, 1.0]]), top=1)
 
 
@@ -143,11 +143,11 @@ def test_relevance_is_the_methods_own(home, model):
 def test_classes_that_are_none_are_refused(home, model):
     paths = images_of(home)[:2]
     for classes, message in (
-        (["red", "rde"], "there is no class 'rde'"),
-        ([0, 4], "there is no class 4 of 4"),
-        ([0, -1], "there is no class -1 of 4"),
-        (["red"], "1 classes were given for another number of images"),
-        (["red"] * 3, "3 classes were given for another number of images"),
+        (["red", "rde"], "no class is named 'rde'"),
+        ([0, 4], "no class has label 4; labels go from 0 to 3"),
+        ([0, -1], "no class has label -1; labels go from 0 to 3"),
+        (["red"], "1 classes were given for a different number of images"),
+        (["red"] * 3, "3 classes were given for a different number of images"),
     ):
         with pytest.raises(ValueError, match=message):
             model.relevance(paths, classes)
@@ -160,21 +160,21 @@ def test_a_name_of_several_classes_is_refused_and_its_id_is_not(tmp_path):
     model = rft.load(path)
     assert model.label_of("n2") == 1
     assert model.label_of("ox") == 2
-    with pytest.raises(ValueError, match="several classes are called 'crane'; give its label"):
+    with pytest.raises(ValueError, match="several classes are named 'crane'; pass its label"):
         model.label_of("crane")
 
 
 def test_an_image_that_cannot_be_read_is_named(home, model, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for images, message in (
-        ([*images_of(home)[:3], tmp_path / "broken.jpg"], "broken.jpg is no readable JPEG"),
+        ([*images_of(home)[:3], tmp_path / "broken.jpg"], "broken.jpg is not a readable JPEG"),
         ([tmp_path / "none.png"], "none.png cannot be read: No such file or directory"),
         ([tmp_path], "cannot be read: .* is a folder"),
         ([Image.new("RGB", (8, 8)), Image.new("F", (8, 8))], "image 1 cannot be read: .* mode F"),
-        (tmp_path / "broken.jpg", "is one image; give a list"),
-        (str(tmp_path / "broken.jpg"), "is one image; give a list"),
-        (Image.new("RGB", (8, 8)), r"^this is a PIL image \(Image\); give a list of PIL images"),
-        (np.zeros((8, 8, 3)), r"^this is numpy\.ndarray; give a list of PIL images or paths$"),
+        (tmp_path / "broken.jpg", "is one image; pass a list"),
+        (str(tmp_path / "broken.jpg"), "is one image; pass a list"),
+        (Image.new("RGB", (8, 8)), r"^this is a PIL image \(Image\); pass a list of PIL images"),
+        (np.zeros((8, 8, 3)), r"^this is numpy\.ndarray; pass a list of PIL images or paths$"),
         ([np.zeros((8, 8, 3))], r"image 0 is numpy\.ndarray; .* PIL\.Image\.fromarray\(array\)"),
         ([None], r"image 0 is NoneType; it must be a path or a PIL image$"),
     ):
@@ -246,7 +246,7 @@ def test_the_folder_that_holds_an_export_is_answered_with_it(tmp_path):
     export = Task.model.fget(SimpleNamespace(out=tmp_path))  # as left by `rft photos`
     (export / HUB_CONFIG).parent.mkdir()
     (export / HUB_CONFIG).touch()
-    with pytest.raises(ValueError, match=rf"^{tmp_path} is no model; did you mean {export}\?$"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is not a model; did you mean {export}\?$"):
         rft.load(tmp_path)
 
 

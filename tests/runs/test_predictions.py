@@ -44,7 +44,7 @@ def test_nothing_is_written_behind_a_link(tmp_path, link):
     (tmp_path / "theirs").mkdir()
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to(tmp_path / "theirs")
-    with pytest.raises(ValueError, match=f"^{tmp_path / link} is a link, .*; remove it$"):
+    with pytest.raises(ValueError, match=f"^{tmp_path / link} is a link; .*: remove it$"):
         require_no_links(tmp_path, ["imagenet-r", "own/test"])
     # a file of this name is replaced
     (tmp_path / link).unlink()

@@ -94,7 +94,7 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, c
     assert warnings(capsys) == []
     (tmp_path / "imagenet-train" / "samples.npz").unlink()
     assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76}
-    assert "cannot compare its images with those that are evaluated" in warnings(capsys)[0]
+    assert "cannot compare its images with those of the evaluated sets" in warnings(capsys)[0]
 
 
 def of_hashes(root: Path, name: str, values: Iterable[int]) -> Manifest:

@@ -310,9 +310,9 @@ def test_an_opened_photo_is_turned_and_composed_as_its_file(kind: str, orientati
 
 def test_an_opened_image_of_an_unknown_depth_is_refused_where_it_matters() -> None:
     data = png_row([0, 1, 2, 3], 2, GREY, chunk(b"tRNS", bytes([0, 3])))
-    with pytest.raises(ValueError, match="one colour of it is transparent; give the path"):
+    with pytest.raises(ValueError, match="one of its colours is transparent; pass the path"):
         photo_of(Image.open(io.BytesIO(data)), "a photo")
-    with pytest.raises(ValueError, match="a photo cannot be read: its pixels are of mode HSV"):
+    with pytest.raises(ValueError, match="a photo cannot be read: unsupported pixel mode HSV"):
         photo_of(Image.new("HSV", (4, 4)), "a photo")
     with pytest.raises(ValueError, match="a photo is 5000 x 2 pixels"):
         photo_of(Image.new("RGB", (5000, 2)), "a photo")
@@ -468,7 +468,7 @@ def test_unreadable_images_are_named(kind: Kind, format_name: str) -> None:
 
 
 def test_other_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="no readable JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match="not a readable JPEG, PNG or WebP"):
         load_image(to_bytes(random_image(20, 20), "BMP"))
 
 

@@ -82,9 +82,9 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "overlap": (
         {"groups": [[0, 1], [2, 1]]},
-        r"groups\[1\]\[1\]: class 1 is in groups\[0\] already",
+        r"groups\[1\]\[1\]: class 1 is already in groups\[0\]",
     ),
-    "twice": ({"groups": [[0, 0]]}, r"groups\[0\]\[1\]: class 0 is in groups\[0\] already"),
+    "twice": ({"groups": [[0, 0]]}, r"groups\[0\]\[1\]: class 0 is already in groups\[0\]"),
     "below": ({"groups": [[0], [-1]]}, r"groups\[1\]\[0\] must be a class id from 0 to 2, not -1"),
     "above": ({"groups": [[0, 3]]}, r"groups\[0\]\[1\] must be a class id from 0 to 2, not 3"),
     "float": ({"groups": [[1.0]]}, "is 1.0; it must be a whole number"),
@@ -94,7 +94,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "classes that are one text": ({"classes": "abc"}, "classes is 'abc'; it must be a list"),
     "a class that is none": ({"classes": ["a", 1, "b"]}, r"classes\[1\] is 1; it must be a text"),
     "fewer ids": ({"class_ids": ["n1"]}, "class_ids must be as many as classes"),
-    "equal ids": ({"class_ids": ["n1", "n1", "n2"]}, "class_ids must be as many .* all different"),
+    "equal ids": ({"class_ids": ["n1", "n1", "n2"]}, "class_ids must be as many .* distinct"),
     "no prompts": ({"templates": []}, r"templates is \[\]; it must have 1 or more elements"),
     "index hash": (
         {"index_sha256": "../../x"},
@@ -163,9 +163,9 @@ ROW = r"index.npz, row 2, key '.*': "
 INDEXES: dict[str, tuple[Callable[[Index], dict[str, np.ndarray | None]], str]] = {
     "label above": (
         lambda i: {"label": put(i.label, 3)},
-        ROW + "its label is none of the 3 classes",
+        ROW + "its label is not one of the 3 classes",
     ),
-    "label below": (lambda i: {"label": put(i.label, -1)}, ROW + "its label is none of the 3"),
+    "label below": (lambda i: {"label": put(i.label, -1)}, ROW + "its label is not one of the 3"),
     "beyond": (lambda i: {"offset": put(i.offset, 2**20)}, ROW + "its payload reaches beyond"),
     "wraps": (lambda i: {"offset": put(i.offset, 2**64 - 512)}, ROW + "its payload reaches beyond"),
     "too long": (
@@ -179,7 +179,7 @@ INDEXES: dict[str, tuple[Callable[[Index], dict[str, np.ndarray | None]], str]] 
         lambda i: {"label": i.label.astype(float)},
         "label must be a list of int32, not",
     ),
-    "objects": (lambda i: {"key": i.key.astype(object)}, "index.npz is no archive of columns"),
+    "objects": (lambda i: {"key": i.key.astype(object)}, "index.npz is not an archive of columns"),
     "texts": (lambda i: {"key": i.key.astype(str)}, "column key must be a list of .*, not <U"),
     "a table": (
         lambda i: {"label": i.label[None]},
@@ -212,11 +212,11 @@ def test_an_index_that_cannot_be_right(packed: Path, kind: str) -> None:
 def test_every_label_is_scored(packed: Path) -> None:
     """A label in no group would count as correct with any prediction that is in no group."""
     edit(packed, lambda document: document.update(groups=[[0], [2]]))
-    check(packed, "index.npz", "its label lies in no group, so it never scores")
+    check(packed, "index.npz", "its label is in no group, so it never scores")
     report = verify(str(packed), deep=False, workers=1)
     edited, *labels = [problem.what for problem in report.problems]
-    assert "groups are not those of plan.json" in edited
-    assert labels == 2 * ["its label lies in no group, so it never scores"]
+    assert "groups differ from plan.json" in edited
+    assert labels == 2 * ["its label is in no group, so it never scores"]
 
 
 def test_a_healthy_set_is_read_and_keeps_its_hash(packed: Path) -> None:
@@ -301,8 +301,8 @@ def test_pixels_of_another_shape_are_named(packed: Path, shape: tuple, place: st
             data.batch(np.arange(6), 16)
         assert data.image(1, 16).shape == (3, 16, 16)
     assert str(caught.value) == (
-        f"{url}/000000.tar, sample {data.key(2)!r}, offset {offset} is no array of "
-        "3 x 16 x 16 pixels, as its manifest says; pack the set again"
+        f"{url}/000000.tar, sample {data.key(2)!r}, offset {offset} is not the array "
+        "of 3 x 16 x 16 pixels that its manifest declares; pack the set again"
     )
 
 

@@ -19,5 +19,5 @@ def test_a_set_of_other_images_has_none(tmp_path):
 @pytest.mark.parametrize("line", [b"{", b"[]", b'{"key": "a"}', b"\xff", b"[" * 100_000])
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / PHOTOS).write_bytes(b'{"key": "a", "path": "b"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"{PHOTOS}, line 2, is no photo: .*pack again$"):
+    with pytest.raises(ValueError, match=rf"{PHOTOS}, line 2, is not a photo: .*pack again$"):
         photo_names.read(str(tmp_path))

@@ -46,7 +46,7 @@ def root(tmp_path) -> Path:
          "--data {root}/shards?"),
         ("shards/imagenet-train/imagenet-train", "{root}/shards/imagenet-train is a packed set "
          "itself; --data is the folder above it"),
-        ("shards/unfinished", "its packing has not finished"),
+        ("shards/unfinished", "packing has not finished"),
         ("nowhere/test", "nothing exists at {root}/nowhere; check --data"),
         ("photos/test", "no folder of {root}/photos is a packed set; check --data"),
     ],
@@ -107,9 +107,7 @@ def renamed(data: Path, root: Path, name: str, dataset: str = "imagenet-a") -> P
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "imagenet-a"])
 def test_a_benchmarks_name_is_its_own(tiny_data, tmp_path, name, dataset, monkeypatch):
     root = renamed(tiny_data, tmp_path / "data", name, dataset)
-    message = (
-        f"is called {name}, but the set in it is {dataset!r} and would count as {name}; rename"
-    )
+    message = f"is named {name}, but holds {dataset!r}, whose results would count as {name}; rename"
     with pytest.raises(ValueError, match=re.escape(message)):
         PackedDataset(f"{root}/{name}/")
     (problem,) = verify(f"{root}/{name}", deep=False, workers=1).problems
@@ -118,7 +116,7 @@ def test_a_benchmarks_name_is_its_own(tiny_data, tmp_path, name, dataset, monkey
     with pytest.raises(ValueError, match=re.escape(message)):
         Manifest.load(".")
     (tmp_path / name).symlink_to(tiny_data / "imagenet-a")
-    with pytest.raises(ValueError, match=f"is called {name}, but the set in it is 'imagenet-a'"):
+    with pytest.raises(ValueError, match=f"is named {name}, but holds 'imagenet-a'"):
         Manifest.load(str(tmp_path / name))
 
 
@@ -132,7 +130,7 @@ def test_every_command_refuses_another_set(tiny_data, tmp_path, refused):
     for name in names:
         renamed(tiny_data, tmp_path, name)
     run, data = tmp_path / "run", ("--data", tmp_path)
-    train, val, r = (f"{tmp_path}/{name} is called {name}, but the set in it is" for name in names)
+    train, val, r = (f"{tmp_path}/{name} is named {name}, but holds" for name in names)
     assert r in refused(evaluate_command, run, *data, "--sets", "imagenet-r")
     assert val in refused(evaluate_command, run, *data)
     assert train in refused(localisation, run, *data, "--masks", run)
@@ -142,9 +140,7 @@ def test_every_command_refuses_another_set(tiny_data, tmp_path, refused):
     assert train in refused(train_command, *start)
     assert r in refused(train_command, *start, "--train-set", "imagenet-r")
     assert not run.exists()
-    with pytest.raises(
-        ValueError, match="is called imagenet-v2, but the set in it is 'imagenet-r'"
-    ):
+    with pytest.raises(ValueError, match="is named imagenet-v2, but holds 'imagenet-r'"):
         index_shards(["x.tar"], f"{tmp_path}/imagenet-v2", LABELS, Options(dataset="imagenet-r"))
 
 

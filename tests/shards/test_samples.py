@@ -83,12 +83,12 @@ SOURCE = np.arange(3, dtype=np.uint64)
         (
             {"source": SOURCE, "domain": np.array([0, 3, 1], np.int32)},
             NAMES,
-            "row 1: domain 3 is none of the 3 domains",
+            "row 1: domain 3 is not one of the 3 domains",
         ),
         (
             {"source": SOURCE, "domain": np.array([0, 0, -1], np.int32)},
             NAMES,
-            "row 2: domain -1 is none",
+            "row 2: domain -1 is not one",
         ),
     ],
 )
@@ -108,17 +108,17 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "samples.npz").write_bytes(right + b"x" * (HEADERS_BYTES + 3 * 12))
     with pytest.raises(ValueError, match=r"larger|more than"):
         Samples.load(str(tmp_path), vouching)
-    with pytest.raises(ValueError, match=r"no samples\.npz, which older versions did not make"):
+    with pytest.raises(ValueError, match=r"no samples\.npz: it is from an older version"):
         Samples.load(str(tmp_path), replace(vouching, samples_sha256=None))
-    with pytest.raises(ValueError, match="is no archive of columns"):
+    with pytest.raises(ValueError, match="is not an archive of columns"):
         load(tmp_path, b"noise", 3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"domains": ("a", "a")}, "domains must be all different"),
-        ({"domains": ("a",), "samples_sha256": None}, "samples_sha256 of the file"),
+        ({"domains": ("a", "a")}, "domains must be distinct"),
+        ({"domains": ("a",), "samples_sha256": None}, "domains need samples_sha256"),
         ({"score": "worst-domain"}, "the set has no domains"),
         ({"domains": ("\x1b[2J",)}, "control characters"),
         ({"score": "best"}, "score"),

@@ -125,8 +125,14 @@ HOSTILE = {
     "pax, no number": (pax(("size", "9" * 5000)) + FILE, "gives the size '9999"),
     "pax, a float": (pax(("size", "1e3")) + FILE, "gives the size '1e3'"),
     "pax, gigabytes": (header("x", 2**33 - 1, tarfile.XHDTYPE) + FILE, "is cut off at byte"),
-    "pax, of all": (pax(("size", "3"), kind=tarfile.XGLTYPE) + FILE, "gives all members one size"),
-    "pax, one name": (pax(("path", "x"), kind=tarfile.XGLTYPE) + FILE, "gives all members one pa"),
+    "pax, of all": (
+        pax(("size", "3"), kind=tarfile.XGLTYPE) + FILE,
+        "gives all members the same size",
+    ),
+    "pax, one name": (
+        pax(("path", "x"), kind=tarfile.XGLTYPE) + FILE,
+        "gives all members the same pa",
+    ),
     "pax, sparse 0.1": (pax(("GNU.sparse.map", "0,1")) + FILE, "describes a sparse file"),
     "pax, sparse 1.0": (
         pax(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0")) + header(size=512) + bytes(512),
@@ -140,7 +146,7 @@ HOSTILE = {
     "pax, too long": (header("x", 9, tarfile.XHDTYPE) + filled(b"99 a=bcd\n") + FILE, "is damaged"),
     "gnu sparse": (header(kind=tarfile.GNUTYPE_SPARSE) + FILE, "neither a file nor a folder"),
     "a long name": (long_name(10**6) + FILE, "a member's name has 1,000,000 letters"),
-    "a longer name": (long_name(3 * 10**6) + FILE, "more than any name takes"),
+    "a longer name": (long_name(3 * 10**6) + FILE, "more than any name needs"),
     "pax, a long name": (pax(("path", "x" * 5000)) + FILE, "a member's name has 5,000 letters"),
     "a device": (header(kind=tarfile.CHRTYPE), "neither a file nor a folder"),
     "a link": (header(kind=tarfile.LNKTYPE), "neither a file nor a folder"),
@@ -160,7 +166,7 @@ def test_sizes_are_not_believed(kind):
 def test_more_members_than_memory_has_room_for(monkeypatch):
     monkeypatch.setattr(tar, "MEMBERS", 3)
     assert len(found(3 * FILE + ENDED)) == 3
-    with pytest.raises(ValueError, match=r"x\.tar holds more than 3 files; make several tars"):
+    with pytest.raises(ValueError, match=r"x\.tar holds more than 3 files; split it into several"):
         found(4 * FILE + ENDED)
 
 

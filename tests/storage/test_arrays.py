@@ -128,9 +128,9 @@ def test_what_cannot_be_an_array_is_refused(kind):
     ("make", "message"),
     [
         (bomb, "its arrays have 268,435,"),
-        (lying_bomb, "no readable .npz|takes"),
-        (many_members, "no readable .npz: its directory has "),
-        (twice, "two arrays of one name"),
+        (lying_bomb, "not a readable .npz|does not match"),
+        (many_members, "not a readable .npz: its directory has "),
+        (twice, "two arrays with the same name"),
     ],
 )
 def test_bombs_cost_nothing(make, message):

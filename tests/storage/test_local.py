@@ -54,7 +54,7 @@ def test_what_has_no_end_is_refused(tmp_path, kind: str, read: Callable[[str], o
     path = tmp_path / "manifest.json"
     KINDS[kind](path)
     # it may belong to the shell, as in `--classes <(cat classes.json)`: do not remove /dev/fd/63
-    advice = "remove it" if kind == "a socket" else "copy what it holds to a regular file"
+    advice = "remove it" if kind == "a socket" else "copy its content to a regular file"
     with pytest.raises(ValueError, match=f"{path} is {kind}, not a regular file; {advice}$"):
         read(str(path))
 
@@ -67,7 +67,7 @@ def test_only_files_and_links_are_replaced(tmp_path, kind: str, write: Callable[
     path = tmp_path / "report.json"
     {**KINDS, "a folder": Path.mkdir}[kind](path)
     before = path.lstat()
-    with pytest.raises(ValueError, match=f"{path} is {kind}, which is not replaced by a file; "):
+    with pytest.raises(ValueError, match=f"{path} is {kind} and cannot be replaced; "):
         write(str(path))
     assert path.lstat() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -86,9 +86,9 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path):
 @pytest.mark.parametrize("name", ["full", "null", "stdout", "fd", "no-such-name"])
 def test_nothing_in_dev_is_replaced(name: str):
     # only checked: as root, a file that is not refused would be lost for the whole machine
-    with pytest.raises(ValueError, match=f"/dev/{name} lies in /dev, where nothing is written"):
+    with pytest.raises(ValueError, match=f"/dev/{name} is in /dev, where rft does not write"):
         local.require_replaceable(Path("/dev", name))
-    with pytest.raises(ValueError, match="where nothing is written"):
+    with pytest.raises(ValueError, match="where rft does not write"):
         files.require_writable(f"/tmp/../dev/{name}")
 
 
@@ -257,7 +257,7 @@ def test_the_cache_names_files_by_hashes_alone(cache, victim, sha256):
         cache.drop,
         lambda s: cache.begin(s, keep=set(), known=set()),
     ):
-        with pytest.raises(ValueError, match=r"shard a\.tar: its sha256 is .*, no 64 hex digits"):
+        with pytest.raises(ValueError, match=r"shard a\.tar: its sha256 is .*, not 64 hex digits"):
             act(shard)
     assert victim.with_name("mine.tar").read_bytes() == b"precious"
 
@@ -331,7 +331,7 @@ def test_a_run_writes_through_no_link_in_its_folder(tmp_path, name):
     (run / name).parent.mkdir(parents=True)
     (run / name).symlink_to(theirs)
     hint = ", or keep them there with --log.checkpoints" if name == "checkpoints" else ""
-    message = f"{run / name} is a link, and nothing is written or deleted through links; remove it"
+    message = f"{run / name} is a link; rft never writes or deletes through links: remove it"
     with pytest.raises(ValueError, match=f"^{message}{hint}$"):
         take(run)
     if "/" not in name:
@@ -366,7 +366,7 @@ def test_packing_writes_through_no_link(tmp_path):
     theirs.mkdir()
     (theirs / f".000000.json.{32 * 'a'}.tmp").write_bytes(b"mine")
     (out / "imagenet-r" / "commit").symlink_to(theirs)
-    with pytest.raises(ValueError, match=r"commit is a link, and nothing is written"):
+    with pytest.raises(ValueError, match=r"commit is a link; rft never writes"):
         pack(
             "imagenet-r", str(tmp_path / "images"), str(out), tiny_world.LABELS, Options(workers=1)
         )

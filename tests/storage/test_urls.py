@@ -44,13 +44,13 @@ SECRET = "canary"
 # what a user or a manifest may contain -> part of the one-line error
 REFUSED = {
     "": {},
-    "is not opened; rft opens local paths and URLs of file, http, https, s3, s3a, gs": [
+    "cannot be opened; rft opens local paths and URLs of file, http, https, s3, s3a, gs": [
         *("ftp://h/x", "smb://h/x", "github://o:r@/x", "local:///etc/passwd", "dir:///etc"),
         *("reference://", "zip://x.zip", "tar://x.tar", "simplecache://x", "filecache://x"),
         *("HTTP://h/x", "S3://b/x", "File:///x", "FILE:///x", " http://h/x"),
         *("x://y", "://x", "a/http://h/x", "hxxp://h", "ssh://h/x", "sftp://h/x", "jar://x"),
     ],
-    "is no URL of": [
+    "is neither a URL of": [
         *("http:/h/x", "s3:/b/x", "s3:b/x", "file:/x", "file:x", "FILE:x", "data:text", "Pipe:ls"),
         *("data:,x/y", "local:x", "memory:x", "pipe:cat /etc/passwd", " data:x", "https:h"),
     ],
@@ -58,7 +58,7 @@ REFUSED = {
         *("zip://a.tar::https://h/a.zip", "simplecache::s3://b/x", "a::b", "/data/a::b", "::"),
         *("filecache::file:///x", "s3://b/x::http://h", "http://[::1]/a::b", "a::http://[::1]/x"),
     ],
-    r"IPv6 address in full \(\[0:0:0:0:0:0:0:1\] for \[::1\]\), or the name of the host": [
+    r"IPv6 address in full \(\[0:0:0:0:0:0:0:1\] for \[::1\]\), or use the host's name": [
         *(
             "http://[::1]:80/x",
             "https://[fe80::1]/x",
@@ -90,7 +90,7 @@ REFUSED = {
         "gs://b/a\u00a0b",
         "s3://b/\u202e",
     ],
-    "nothing is sent": ["http://h/a#b", "https://h#/x"],
+    "clients do not send": ["http://h/a#b", "https://h#/x"],
 }
 CASES = [(url, message) for message, found in REFUSED.items() for url in found]
 
@@ -101,7 +101,7 @@ def product(monkeypatch):
     monkeypatch.setattr(urls, "PROTOCOLS", tuple(p for p in urls.PROTOCOLS if p != "memory"))
 
 
-@pytest.mark.parametrize(("url", "message"), [*CASES, ("memory://x", "is not opened")])
+@pytest.mark.parametrize(("url", "message"), [*CASES, ("memory://x", "cannot be opened")])
 def test_what_is_not_opened(product, url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         files.open_store(url)
@@ -276,7 +276,7 @@ def test_a_credential_is_refused_with_what_to_do_instead(url: str) -> None:
     ],
 )
 def test_no_other_refusal_shows_one(url: str) -> None:
-    with pytest.raises(ValueError, match=r"opened|no URL of|chain|control") as error:
+    with pytest.raises(ValueError, match=r"opened|neither a URL of|chain|control") as error:
         files.open_store(url)
     assert SECRET not in str(error.value)
 
@@ -330,7 +330,7 @@ def test_where_a_server_sends_us_is_told_without_its_signature(tmp_path: Path) -
     with (
         serving(handler) as port,
         pytest.raises(
-            ValueError, match=r"redirects to s3://bucket/x\?\*\*\*, which is not"
+            ValueError, match=r"redirects to s3://bucket/x\?\*\*\*, which rft does not follow"
         ) as error,
     ):
         files.read_bytes(f"http://127.0.0.1:{port}/x")
@@ -350,7 +350,7 @@ def test_no_command_starts_with_a_credential_on_its_line(refused, command, tmp_p
     monkeypatch.chdir(tmp_path)
     for words in (["--data", f"s3://k:{SECRET}@b"], [f"--out=https://h/x?sig={SECRET}"]):
         line = refused(command, "x", *words)
-        assert "leave it out: the client takes AWS" in line or "~/.netrc" in line
+        assert "leave it out: the client reads AWS" in line or "~/.netrc" in line
         assert SECRET not in line
     assert list(tmp_path.iterdir()) == []
 
@@ -368,7 +368,7 @@ def test_what_was_recorded_without_credentials_must_be_named_again(refused):
     for url in ("https://***@host/data", "https://host/data?sig=***", "s3://***@b/x?a=1&token=***"):
         urls.refuse_credentials(url)  # they do not exist
         line = refused(evaluate_command, "x", "--data", url)
-        assert "was recorded without its credentials; name it again, without them" in line
+        assert "was recorded without its credentials; pass the URL without them" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "provenance.json"])
@@ -440,7 +440,7 @@ def test_names_that_are_no_sets(name: str) -> None:
 @pytest.mark.parametrize("folder", ["https://h/x", "s3://b/x", "hf://datasets/x/y"])
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_remote_manifest_names_no_file_of_the_reader(name: str, folder: str) -> None:
-    with pytest.raises(ValueError, match="is a file of the reader's machine"):
+    with pytest.raises(ValueError, match="is a local file"):
         urls.check_shard_name(name, folder)
     urls.check_shard_name(name, "/data/set")  # as written by tools/index_shards.py
 
@@ -516,7 +516,7 @@ def test_a_manifest_with_such_a_name_is_refused(copied: Path, name: str) -> None
 def test_a_served_manifest_opens_no_local_file(copied: Path, refused, name: str) -> None:
     with range_server(with_names(copied, name).parent) as url:
         line = refused(evaluate_command, "x", "--data", url, "--sets", "imagenet-val")
-    assert f"shards[0].name: {name!r} is a file of the reader's machine" in line
+    assert f"shards[0].name: {name!r} is a local file" in line
 
 
 def test_other_stores_are_named_before_they_are_asked(copied: Path, tmp_path: Path, capsys) -> None:
@@ -564,7 +564,7 @@ def test_index_shards_writes_names_that_readers_take(tiny_data: Path, tmp_path: 
     assert shard_names([shard.replace("/0", "//0")], f"{tiny_data}/imagenet-val") == [
         shard.replace("/0", "//0")
     ]
-    with pytest.raises(ValueError, match="is a file of the reader's machine"):
+    with pytest.raises(ValueError, match="is a local file"):
         index_shards([shard], "memory://index-of-local", LABELS, Options(dataset="own"))
 
 
@@ -594,7 +594,7 @@ def test_what_is_opened_by_its_path_is_local(refused, tmp_path, monkeypatch, nam
     if words[-1] == "--checkpoints":
         words = words[:-1]
     line = refused(command, *words, url)
-    assert "; it must be a local folder or file: copy it to or from there yourself" in line
+    assert "; it must be a local folder or file: copy it yourself before or afterwards" in line
     assert f"{OUTS[name][1][-1]} is {url.partition(':')[0]}:/" in line
     assert list(tmp_path.iterdir()) == []
 

@@ -79,7 +79,7 @@ def test_a_resumed_run_has_the_frames_of_an_undisturbed_one(
     three_epochs()
     (line,) = complaints(capsys.readouterr().err)
     assert "no pictures of the steps before 30" in line
-    assert f"{run / FRAMES} has no frames of this run: no readable .npz" in line
+    assert f"{run / FRAMES} has no frames of this run: not a readable .npz" in line
     assert read(run / GALLERY).frames.steps_S.tolist() == [30]
     assert weights(run) == weights(calm)
 

@@ -8,7 +8,7 @@ import pytest
 from rft.evaluate import command as evaluate_command
 from tests import tiny
 
-WARNING = "scores a single class, so every prediction counts as right"
+WARNING = "scores a single class, so every prediction counts as correct"
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""The commands that make packed sets: tools/*.py, and `rft pack`, `rft index`, `rft verify`."""
+"""The commands that create and verify packed sets: tools/*.py, `rft pack`, `index`, `verify`."""

@@ -1,4 +1,4 @@
-"""Pack one's own images into tar shards: `python tools/shard_folder.py`."""
+"""Pack your own images into tar shards: `python tools/shard_folder.py`."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from rft.storage.documents import Seed, document
 from rft.text import printable
 
 SETS = ("train", "test", "val")
-LINES = 20  # warnings, and pairs of equal images, that are printed
+LINES = 20  # printed warnings, and printed pairs of equal images
 
 log = logging.getLogger("rft.tools")
 
@@ -35,9 +35,8 @@ class ShardFolder:
 
     The source is DIR/<class>/..., of which a share is held out as the test set, or
     DIR/train/<class>/... and DIR/test/<class>/... (or val; spellings such as Training and test_set
-    are recognised). Images are JPEG, PNG or WebP. A killed or failed run continues when it is
-    started again with the same arguments, and gives the same bytes for any number of workers and
-    tasks. Example:
+    are recognised). Images are JPEG, PNG or WebP. A run is safe to interrupt and rerun with the
+    same arguments, and writes the same bytes for any number of workers and tasks. Example:
 
     python tools/shard_folder.py --source photos --out shards --classes classes.json
     """
@@ -45,31 +44,30 @@ class ShardFolder:
     source: str
     """Folder that holds the class folders, or train/ and test/ (or val/) with these in them."""
     out: str
-    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
+    """Output for the packed sets: a folder, or a URL (s3://, gs://, az://, ...)."""
     classes: str | None = None
-    """JSON file that says what the class folders show, in label order: {"ids": [folder names],
-    "names": [words for the text encoder], "templates": ["a photo of a {c}.", ...]}. None takes the
+    """JSON file that describes the class folders, in label order: {"ids": [folder names],
+    "names": [words for the text encoder], "templates": ["a photo of a {c}.", ...]}. None uses the
     folder names with underscores as spaces, and OpenAI's 80 prompts for ImageNet."""
     test_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of each class that is held out as test set, where the source has none; 0 is none."""
+    """Share of each class that is held out as the test set, if the source has none; 0 holds out
+    nothing."""
     split_seed: Seed = 0
-    """Seed of that choice."""
+    """Seed of the held-out choice."""
     ignore: Annotated[Patterns, tyro.conf.arg(metavar="NAME...")] = ()
-    """Names of files and folders to pass over, such as '*.mov' '*.aae', in any case of letters.
-    Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
-    """
+    """Names of files and folders to skip, such as '*.mov' '*.aae', in upper or lower case. Hidden
+    files, and files that NAS devices, macOS and Windows leave behind, are always skipped."""
     score: ClassScore = "top1"
-    """The number that the test sets are known by: the share of images that are right, or the mean
-    of that of each class."""
+    """Headline metric of the test sets: the share of correct images, or its mean over classes."""
     ood: bool = False
-    """Declare the test sets out-of-distribution: they count into the OOD average, and no training
-    takes their images."""
+    """Declare the test sets out-of-distribution: they count in the OOD average, and training
+    refuses their images."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
 
 def main() -> None:
-    """Pack what the command line names."""
+    """Pack the sets that the command line names."""
     command = cli.parse(ShardFolder, config=(tyro.conf.FlagCreatePairsOff,))
     source = Path(command.source)
     require_apart([source], command.out, SETS)
@@ -82,11 +80,11 @@ def main() -> None:
             error.add_note("or pack without a test set: --test-share 0")
         raise
     sources, labels = declare(photos.sources, command), photos.labels
-    # a class folder may be a link, and the set must not be written into its target either
+    # a class folder may be a link, and --out must not lie in its target either
     folders = {(found.root / item.path).parent for found in sources for item in found.items}
     linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
     require_apart(linked, command.out, SETS)
-    if commands.STAGE not in os.environ:  # a plan has printed it
+    if commands.STAGE not in os.environ:  # otherwise `rft photos` has already printed it
         say(photos)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     for one in sources:
@@ -97,18 +95,18 @@ def main() -> None:
 
 
 def declare(sources: Sequence[Source], command: ShardFolder) -> list[Source]:
-    """Return the sources with what the command declares of test sets; the first is to train on."""
+    """Apply the command's declarations to the test sources; the first source is for training."""
     train, *tests = sources
     if command.ood and not tests:
         raise ValueError(
-            "--ood declares a test set, and all images would be packed as train; "
-            "tools/shard_set.py packs them as one set of any name"
+            "--ood declares a test set, but all images would be packed as train; "
+            "tools/shard_set.py packs them as one set of any name (docs/data.md#other-test-sets)"
         )
     return [train, *(replace(one, score=command.score, ood=command.ood) for one in tests)]
 
 
 def say(photos: Photos) -> None:
-    """Print what was found, and warnings of what is rarely meant."""
+    """Print a summary of the photos, and warnings."""
     sources, labels = photos.sources, photos.labels
     for layout in dict.fromkeys(source.layout for source in sources):
         print(f"found {printable(layout)}")
@@ -123,18 +121,18 @@ def say(photos: Photos) -> None:
 
 
 def warn(photos: Photos) -> None:
-    """Print warnings of what is rarely meant."""
+    """Print warnings about findings that are rarely intended."""
     for warning in photos.warnings[:LINES]:
         log.warning(warning)
     if len(photos.warnings) > LINES:
         log.warning(f"{len(photos.warnings) - LINES:,} more such warnings")
     same = same_bytes(photos.sources)
     warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
-    warn_of_pairs(same.between_sets, "of equal images in two sets; a test on them proves nothing")
+    warn_of_pairs(same.between_sets, "of equal images in two sets; testing on them is meaningless")
 
 
 def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
-    """Print a warning with the number of pairs and the first of them."""
+    """Print a warning with the number of pairs and the first few."""
     if not pairs:
         return
     lines = [f"  {printable(one)} = {printable(other)}" for one, other in pairs[:LINES]]
@@ -144,7 +142,7 @@ def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
 
 
 def say_next(sources: Sequence[Source], out: str) -> None:
-    """Print the commands that train on the sets and test on them."""
+    """Print the commands that train and test on the sets."""
     words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
     words += ["--scale", "small", "--run-dir", "runs/first"]
     tests = [source.dataset for source in sources[1:]]

@@ -15,34 +15,34 @@ from rft.shards.label_space import choose_labels
 class ShardImagenet:
     """Pack ImageNet into WebDataset tar shards: OUT/imagenet-train and OUT/imagenet-val.
 
-    The source is found by looking, and the same images in any form give the same shards: class
-    folders (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG), or the archives as they are downloaded, which
-    are never extracted (ILSVRC2012_img_train.tar or a folder of its 1000 tars;
-    ILSVRC2012_img_val.tar or its flat files in val/, with ILSVRC2012_devkit_t12.tar.gz or that
-    folder beside them, which has their classes). A killed or failed run continues when it is
-    started again with the same arguments, and gives the same bytes for any number of workers and
-    tasks. Example, on four machines (I = 0, 1, 2, 3):
+    The layout of the source is detected, and the same images in any layout give the same shards:
+    class folders (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG), or the archives as downloaded, which are
+    never extracted (ILSVRC2012_img_train.tar or a folder with its 1000 tars; ILSVRC2012_img_val.tar
+    or its flat files in val/, with ILSVRC2012_devkit_t12.tar.gz or the unpacked folder beside them,
+    which has their classes). A run is safe to interrupt and rerun with the same arguments, and
+    writes the same bytes for any number of workers and tasks. Example, on four machines (I = 0, 1,
+    2, 3):
 
     python tools/shard_imagenet.py --source /data/imagenet --out s3://bucket/rft --task I/4
     """
 
     source: str
-    """Folder that holds train/ and val/ or the archives, itself or in imagenet/ or ILSVRC2012/."""
+    """Folder with train/ and val/ or the archives, directly or in imagenet/ or ILSVRC2012/."""
     out: str
-    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
+    """Output for the packed sets: a folder, or a URL (s3://, gs://, az://, ...)."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     """Which splits to pack."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
     allow_count: tuple[str, ...] = ()
-    """SET=N: accept this copy, which has N images and not the published number (for each set one,
-    such as imagenet-val=49999)."""
+    """SET=N: accept an incomplete copy with exactly N images; one value per set, such as
+    imagenet-val=49999."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
 
 def main() -> None:
-    """Pack what the command line names."""
+    """Pack the splits that the command line names."""
     command = cli.parse(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.splits:
         raise ValueError("--splits names nothing to pack")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def say_next(command: ShardImagenet) -> None:
-    """Print the command that trains on the set, or evaluates on it where it is the test set."""
+    """Print the command that trains on the set, or evaluates on it if only val was packed."""
     words: list[str] = ["-m", "rft.train", recipes.DEFAULT, "--data", command.out]
     if "train" in command.splits:
         cli.say_next(cli.next_step([*words, "--run-dir", "runs/first"], on_gpus=True))

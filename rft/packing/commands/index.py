@@ -1,4 +1,4 @@
-"""Make existing tar shards readable for rft: `python tools/index_shards.py`."""
+"""Index existing tar shards, so that rft can read them: `python tools/index_shards.py`."""
 
 import sys
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from rft.shards.label_space import choose_labels
 
 @dataclass(frozen=True, kw_only=True)
 class IndexShards:
-    """Write manifest, index.npz and samples.npz for existing WebDataset tar shards, which stay.
+    """Write manifest, index.npz and samples.npz for existing WebDataset shards, without a copy.
 
     A sample is an image (jpg, jpeg, png, webp) with its label: a .cls member, or a field of its
     .json. That covers timm's imagenet-1k-wds, CLIP_benchmark's wds_* sets and img2dataset's output.
-    Evaluation and training find a set by its folder name, so --out ends in it. Examples:
+    Evaluation and training find a set by its folder name, so end --out with that name. Examples:
 
     python tools/index_shards.py '/data/imagenet/imagenet1k-train-{0000..1023}.tar'
     --out s3://bucket/rft/imagenet-train
@@ -29,15 +29,15 @@ class IndexShards:
     shards: tyro.conf.Positional[tuple[str, ...]]
     """Paths or URLs, with bash braces: 'folder/{000..127}.tar'."""
     out: str
-    """Folder or URL of manifest and index; where the shards lie in it, it moves with them."""
+    """Folder or URL for manifest and index; it can be moved if it also holds the shards."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
     reading: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
-    """How the shards are understood."""
+    """How to read the shards."""
 
 
 def main() -> None:
-    """Index what the command line names."""
+    """Index the shards that the command line names."""
     command = cli.parse(IndexShards, config=(tyro.conf.FlagCreatePairsOff,))
     labels = choose_labels(command.classes)
     manifest = index_shards(command.shards, command.out, labels, command.reading)
@@ -45,6 +45,6 @@ def main() -> None:
         f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
         f"{len(manifest.groups)} classes scored; index at {command.out}"
     )
-    # beside this file, wherever it was called from
+    # beside this file, whatever the working folder
     verify = Path(sys.argv[0]).with_name("verify_shards.py")
     cli.say_next(cli.next_step([verify, command.out, "--deep"]))

@@ -16,8 +16,8 @@ class ShardOod:
     """Pack out-of-distribution benchmarks into WebDataset tar shards: OUT/<benchmark>.
 
     The source is the folder that the benchmark's official archive unpacks to, or the folder above
-    it. A killed or failed run continues when it is started again with the same arguments, and gives
-    the same bytes for any number of workers and tasks. Example:
+    it. A run is safe to interrupt and rerun with the same arguments, and writes the same bytes for
+    any number of workers and tasks. Example:
 
     python tools/shard_ood.py --benchmark imagenet-v2 objectnet --source /data --out s3://bucket/rft
     """
@@ -25,20 +25,20 @@ class ShardOod:
     benchmark: tuple[Ood, ...]
     """Which benchmarks; several must lie side by side in the source, as their archives unpack."""
     source: str
-    """Folder that holds the class folders (for objectnet images/ and mappings/), or one above."""
+    """Folder with the class folders (for objectnet images/ and mappings/), or the folder above."""
     out: str
-    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
+    """Output for the packed sets: a folder, or a URL (s3://, gs://, az://, ...)."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
     allow_count: tuple[str, ...] = ()
-    """SET=N: accept this copy, which has N images and not the published number (for each set one,
-    such as imagenet-r=29999)."""
+    """SET=N: accept an incomplete copy with exactly N images; one value per set, such as
+    imagenet-r=29999."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
 
 def main() -> None:
-    """Pack what the command line names."""
+    """Pack the benchmarks that the command line names."""
     command = cli.parse(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.benchmark:
         raise ValueError("--benchmark names nothing to pack")

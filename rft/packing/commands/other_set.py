@@ -27,10 +27,10 @@ log = logging.getLogger("rft.tools")
 class ShardSet:
     """Pack any set of images as one set of WebDataset tar shards: OUT/NAME.
 
-    The source holds class folders, below DEPTH folders of domains if --domains says so, or files
-    that a table names (--metadata). Images are read as torchvision and open_clip do. A killed or
-    failed run continues when it is started again with the same arguments, and gives the same bytes
-    for any number of workers and tasks. Examples, of ImageNet-C (or any part of it) and iWildCam:
+    The source holds class folders, optionally below folders of domains (--domains), or files that a
+    table lists (--metadata). Images are read as torchvision and open_clip do. A run is safe to
+    interrupt and rerun with the same arguments, and writes the same bytes for any number of workers
+    and tasks. Examples, for ImageNet-C (or any part of it) and iWildCam:
 
     python tools/shard_set.py --name imagenet-c --source /data/imagenet-c --domains 2 --out shards
 
@@ -44,36 +44,37 @@ class ShardSet:
     source: str
     """Folder of the images."""
     out: str
-    """Where the packed set goes: a folder, or a URL (s3://, gs://, az://, ...)."""
+    """Output for the packed set: a folder, or a URL (s3://, gs://, az://, ...)."""
     domains: Annotated[Whole, Field(le=8)] = 0
     """Levels of folders above the class folders that name the domain: 2 for ImageNet-C's
     CORRUPTION/SEVERITY/CLASS/IMAGE, 1 for DOMAIN/CLASS/IMAGE."""
     table: tyro.conf.OmitArgPrefixes[Table] = field(default_factory=Table)
-    """How a table describes the images, in place of folders."""
+    """How a table describes the images, instead of folders."""
     classes: str | None = None
-    """JSON file with the label space (keys ids, names, templates). None is ImageNet's if all class
-    folders are; else the classes are called as their folders, or as the labels in the table."""
+    """JSON file with the label space (keys ids, names, templates). None uses ImageNet's if all
+    class folders belong to it, otherwise the names of the folders or the labels in the table."""
     only_present: bool = False
-    """Let only the classes compete that have images, as ImageNet-R and -A are scored."""
+    """Let only classes with images compete, as ImageNet-R and -A are scored."""
     score: Score | None = None
-    """The number that the set is known by. None is mean-over-domains for folders of domains,
-    worst-domain for a table with domains, and top1 for others."""
+    """Headline metric of the set. None is mean-over-domains for folders of domains, worst-domain
+    for a table with domains, and top1 otherwise."""
     ood: bool = False
-    """Declare an out-of-distribution test set: it counts into the OOD average, and training refuses
+    """Declare an out-of-distribution test set: it counts in the OOD average, and training refuses
     its images."""
     allow_count: Whole | None = None
-    """Accept a copy of ImageNet-C with exactly so many images, which is not complete."""
+    """Accept an incomplete copy of ImageNet-C with exactly this many images."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
 
 def main() -> None:
-    """Pack what the command line names."""
+    """Pack the set that the command line names."""
     command = cli.parse(ShardSet, config=(tyro.conf.FlagCreatePairsOff,))
     name, source = set_name(command.name, "--name"), Path(command.source)
+    # under a benchmark's name, its own tool checks classes and number of images
     if name in BENCHMARKS:
         tool = "shard_imagenet.py" if name in ("imagenet-train", "imagenet-val") else "shard_ood.py"
-        raise ValueError(f"{name} is a benchmark, whose images are counted: use tools/{tool}")
+        raise ValueError(f"{name} is a benchmark with a known number of images: use tools/{tool}")
     require_apart([source], command.out, [name])
     labels = LabelSpace.load(command.classes) if command.classes else None
     listed = read(command, name, source, labels)
@@ -87,18 +88,18 @@ def main() -> None:
 
 
 def read(command: ShardSet, name: str, source: Path, labels: LabelSpace | None) -> Listed:
-    """List the images in folders, or those of a table."""
+    """List the images in folders or in a table."""
     if command.table.metadata:
         if command.domains:
-            raise ValueError("--domains counts folders, and --metadata names files; use --domain")
+            raise ValueError("--domains counts folders, but --metadata lists files; use --domain")
         return read_table(name, source, command.table, labels)
     if command.table != Table():
-        raise ValueError("--file, --label, --domain and --split are of a table: add --metadata")
+        raise ValueError("--file, --label, --domain and --split need a table: add --metadata")
     return read_domains(name, source, command.domains, labels, command.allow_count)
 
 
 def choose_score(command: ShardSet, source: Source) -> Score:
-    """Return the declared score, or the usual one of such a set."""
+    """Return the declared score, or the default for this kind of set."""
     if command.score is None:
         by_domain: Score = "worst-domain" if command.table.metadata else "mean-over-domains"
         return by_domain if source.domains else "top1"
@@ -110,7 +111,7 @@ def choose_score(command: ShardSet, source: Source) -> Score:
 
 
 def say(listed: Listed) -> None:
-    """Print what was found, and warnings of what is rarely meant."""
+    """Print a summary of the set, and warnings."""
     source, labels = listed.source, listed.labels
     print(f"found {len(source.items):,} images: {printable(source.layout)}")
     for note in [*listed.notes, *filter(None, [source.links])]:
@@ -118,7 +119,7 @@ def say(listed: Listed) -> None:
     if source.domains:
         counts = Counter(item.domain for item in source.items).values()
         print(
-            f"domains: {len(source.domains):,}, each of {min(counts):,} to {max(counts):,} images"
+            f"domains: {len(source.domains):,}, with {min(counts):,} to {max(counts):,} images each"
         )
     present = len({item.label for item in source.items})
     print(

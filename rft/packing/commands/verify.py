@@ -16,16 +16,16 @@ from rft.shards.root import packed_sets
 from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
 
-LINES = 50  # problems printed; the report file has all
+LINES = 50  # printed problems; the report file has all
 
 
 @document(name="--")
 class VerifyShards:
-    """Check that a set is what its manifest says; exit code 0 if so, 1 if not.
+    """Check a packed set against its manifest; exit code 0 if it matches, 1 if not.
 
-    The quick check reads manifest.json, index.npz and samples.npz and asks for the size of each
-    shard. --deep reads every byte: the sha256 and the tar headers of each shard, and for each
-    sample its key, place, crc32, label and hash, and it decodes the image.
+    The quick check reads manifest.json, index.npz and samples.npz and queries the size of each
+    shard. --deep reads every byte: it verifies the sha256 and tar headers of each shard and, for
+    each sample, its key, position, crc32, label and hash, and decodes the image.
 
     Example:
     python tools/verify_shards.py s3://bucket/rft/imagenet-val --deep --report val.json
@@ -38,13 +38,13 @@ class VerifyShards:
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have (--deep); raise it for panoramas."""
     report: str | None = None
-    """Write the result to this JSON file, all problems with it."""
+    """JSON file for the result, with all problems."""
     workers: Positive | None = None
     """Processes that read shards (--deep); None is one for each core this process may use."""
 
 
 def main() -> None:
-    """Check what the command line names."""
+    """Check the set that the command line names."""
     command = cli.parse(VerifyShards, config=(tyro.conf.FlagCreatePairsOff,))
     require_one_set(command.url)
     if command.report is not None:
@@ -59,13 +59,13 @@ def main() -> None:
 
 
 def require_one_set(url: str) -> None:
-    """Check that a URL is not the data root, which holds sets and is none.
+    """Check that a URL is not a data root, a folder of sets.
 
     Raises:
         ValueError: naming its sets.
     """
     found: list[str] = []
-    # what cannot be listed, such as a web server's folder, is read as the set that it should be
+    # a folder that cannot be listed, such as a web server's, is assumed to be a set
     with contextlib.suppress(OSError, ValueError):
         if not files.exists(files.join(url, MANIFEST)):
             found = packed_sets(url)
@@ -78,7 +78,7 @@ def require_one_set(url: str) -> None:
 
 def say(report: Report) -> None:
     """Print a summary and the problems, one line each."""
-    # a problem stays one line; names of others are no markup and no emoji
+    # one line per problem; untrusted names must not be read as markup or emoji
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if report.dataset:
         filled = [count for count in report.per_class if count]
@@ -96,7 +96,7 @@ def say(report: Report) -> None:
         what = "problems" if report.problems[1:] else "problem"
         console.print(f"{len(report.problems):,} {what} ({depth})", style="bold red")
     else:
-        console.print(f"all is as the manifest says ({depth})", style="green")
+        console.print(f"the set matches its manifest ({depth})", style="green")
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -1,1 +1,1 @@
-"""Third-party shards: read and indexed where they are, never written."""
+"""Third-party shards: read and indexed in place, never written."""

@@ -1,4 +1,4 @@
-"""Finding a class by a name that may be spelt otherwise: `Binder (closed)`, `binder_closed`."""
+"""Finds a class by a name that may be spelt differently: `Binder (closed)`, `binder_closed`."""
 
 import re
 import unicodedata
@@ -10,9 +10,9 @@ from rft.shards.label_space import LabelSpace
 
 
 class Names:
-    """Numbers by the texts that name them, as written and in `loose_form`; a text may have several.
+    """A lookup of numbers by names, exact and in `loose_form`; a name may have several numbers.
 
-    `exact` has the texts as written, in Unicode's composed form and without spaces around them.
+    `exact` has the names as written, in Unicode's composed form and without surrounding spaces.
     """
 
     def __init__(self, texts: Iterable[tuple[str, int]]) -> None:
@@ -21,23 +21,23 @@ class Names:
         for text, number in texts:
             self.exact[composed(text).strip()].add(number)
             self._loose[loose_form(text)].add(number)
-        # names that are separators alone would all be one
+        # names of separators only would all be equal
         self._loose.pop("", None)
 
     def find(self, name: str) -> list[int]:
-        """Return the numbers that a name means, in order: as written, else by its loose form."""
+        """Find the numbers of a name, in order: of its exact form, otherwise of its loose form."""
         exact = self.exact.get(composed(name).strip())
         return sorted(exact or self._loose.get(loose_form(name), ()))
 
 
 def names_of(labels: LabelSpace) -> Names:
-    """Return the lookup of class ids by folder names and class names."""
+    """Build the lookup of class ids by folder names and class names."""
     pairs = enumerate(zip(labels.ids, labels.names, strict=True))
     return Names((text, class_id) for class_id, texts in pairs for text in texts)
 
 
 # Runs of separators, in a text of `_shape`'s letters: w letter or mark, d digit, _ space or
-# underscore, ( bracket, x any other; the rest stand for themselves.
+# underscore, ( bracket, x any other; all others are themselves.
 SEPARATORS = re.compile(
     r"""(?: [_(]
           | (?<!d), | ,(?!d)                           # not in 1,5
@@ -52,15 +52,15 @@ SEPARATORS = re.compile(
 
 
 def loose_form(name: str) -> str:
-    """Return what is left of a name without case and separators; it may be empty.
+    """Normalise a name by removing case and separators; the result may be empty.
 
-    `Binder (closed)` and `binder_closed` have one form. Separators are spaces, underscores and
-    round brackets, and commas, hyphens, dots, apostrophes and slashes where they stand beside or
-    between words. Beside a digit they become one space (`B-52` is `B 52`, not `B52`). All else
-    stays: combining marks, symbols and emoji (`c`, `c++` and `c#` are three names), a hyphen that
-    is a sign (`A-`, `-1`), and punctuation in numbers (`1.5`).
+    `Binder (closed)` and `binder_closed` have the same form. Separators are spaces, underscores and
+    round brackets, and commas, hyphens, dots, apostrophes and slashes beside or between words. Next
+    to a digit they become one space (`B-52` is `B 52`, not `B52`). Everything else is kept:
+    combining marks, symbols and emoji (`c`, `c++` and `c#` are three names), a hyphen that is a
+    sign (`A-`, `-1`), and punctuation in numbers (`1.5`).
     """
-    # composed again, because casefold takes some letters apart (U+01F0)
+    # composed again, because casefold decomposes some letters (U+01F0)
     text = composed(composed(name).strip().casefold())
     shape = "".join(map(_shape, text))
     kept, end = "", 0

@@ -1,9 +1,9 @@
-"""A manifest and its .npz files for third-party shards, which are read and never written.
+"""Writes a manifest and its .npz files for third-party shards, which are never changed.
 
-Every shard is walked strictly and read once. A sample (see `rft.packing.foreign.samples`) needs one
-image and one label. An unknown suffix is refused, so that a second picture (`x.seg.png`) never goes
-unnoticed; `--ignore` names the suffixes that may be passed over. Images are only identified here;
-`tools/verify_shards.py --deep` decodes them.
+Every shard is parsed strictly and read once. A sample (see `rft.packing.foreign.samples`) needs one
+image and one label. Unknown suffixes are refused, so that a second picture (`x.seg.png`) cannot go
+unnoticed; `--ignore` names suffixes to skip. Only image headers are read here;
+`tools/verify_shards.py --deep` decodes the images.
 """
 
 import json
@@ -45,7 +45,7 @@ from rft.shards.samples import Samples, source_hash
 from rft.storage import documents, files
 from rft.storage.urls import check_shard_name
 
-ALGORITHM = "index 1"  # raise it when the same shards would get another index
+ALGORITHM = "index 1"  # raise it when the same shards would get a different index
 OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Found:
-    """What one shard holds: its columns of the index, and what was passed over.
+    """The content of one shard: its columns of the index, and counts of skipped members.
 
-    `source` is the column of `rft.shards.samples`, of the payloads: they are all that is there.
-    `as_stored` counts the images that would look different if they were treated as photos.
+    `source` is the column of `rft.shards.samples`; it hashes the payloads, as no source files
+    exist. `as_stored` counts the images that would look different if they were treated as photos.
     `contradicted` counts the samples whose .cls and .json name different classes; `example` is the
     first of them.
     """
@@ -76,12 +76,12 @@ def index_shards(
 ) -> Manifest:
     """Write manifest.json, index.npz and samples.npz in `out` for the shards that patterns name.
 
-    Where all shards lie in `out` or below it, the manifest names them relative to it, so that the
+    If all shards lie in `out` or below it, the manifest names them relative to it, so that the
     folder can be moved. A rerun changes nothing.
 
     Raises:
-        ValueError: if a shard, a sample, a label or an option is not right, or `out` already holds
-            another data set.
+        ValueError: if a shard, a sample, a label or an option is invalid, or `out` already holds a
+            different data set.
     """
     urls = [whole_url(url) for url in expand(patterns)]
     dataset = options.dataset or files.name_of(out)
@@ -90,6 +90,7 @@ def index_shards(
     allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
     names = shard_names(urls, out)
     rule = make_rule(dataset, urls, labels, options)
+    # all sizes first, so that an absent shard is an error before hours of reading
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(shard_size, urls))
     jobs = list(zip(urls, sizes, strict=True))
@@ -104,10 +105,10 @@ def index_shards(
 
 
 def read_shard(job: tuple[str, int], rule: Rule) -> Found:
-    """Walk the shard at a URL of so many bytes and return its rows.
+    """Read the rows of the shard at a URL of a known size; `job` is (URL, bytes).
 
     Raises:
-        ValueError: naming shard and key (or byte) of what is not right.
+        ValueError: naming shard and key (or byte) of a fault.
     """
     where, size = job
     with open_whole(where, size) as (stream, sha256):
@@ -116,7 +117,7 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             image = _pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
             what = f"{at}: the image"
-            # before it is read into memory
+            # checked before it is read into memory
             require_affordable(image.size, what, rule.max_pixels)
             data = read_member(stream, image)
             header, as_photo = encode.identify(data, what, rule.crop_border, rule.max_pixels)
@@ -126,8 +127,8 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             if said := contradiction(stream, sample, label, rule):
                 if rule.label_field is None:
                     raise ValueError(
-                        f"{at}: {said} as its .cls says; name the field that is right with "
-                        f"--label-field, or pass the .json over with --ignore json"
+                        f"{at}: {said} as in its .cls; name the correct field with --label-field, "
+                        f"or skip the .json with --ignore json (docs/data.md#third-party-shards)"
                     )
                 found.contradicted += 1
                 found.example = found.example or f"{at}: {said}"
@@ -151,9 +152,10 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
 def _pick_image(
     sample: Sample, where: str, ignore: frozenset[str], passed_over: Counter[str]
 ) -> tar.Member:
-    """Return the one image of a sample; ignored suffixes are counted in `passed_over`."""
+    """Find the single image of a sample; ignored suffixes are counted in `passed_over`."""
     images = []
     for suffix, member in sample.members.items():
+        # before images: --ignore may also choose between two images of a sample
         if suffix in ignore:
             passed_over[f"members with the ignored suffix .{suffix}"] += 1
         elif suffix in IMAGE_SUFFIXES:
@@ -162,7 +164,7 @@ def _pick_image(
             known = ", ".join(sorted(IMAGE_SUFFIXES | OTHER_SUFFIXES))
             raise ValueError(
                 f"{where}: unknown suffix .{suffix} of {member.name!r} (known: {known}); "
-                f"pass over such members with --ignore {suffix}"
+                f"skip such members with --ignore {suffix}"
             )
     if len(images) != 1:
         names = ", ".join(member.name for member in images)
@@ -172,13 +174,13 @@ def _pick_image(
 
 
 def _encode_key(key: str, where: str) -> bytes:
-    # what `Index` would refuse once all shards are read, or its readers later
+    # checked early: `Index` would refuse it only after all shards are read
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{where}: key {key!r} is not printable ASCII; pack the images again")
     if len(key) > KEY_BYTES:
         raise ValueError(
-            f"{where}: key {key[:40]!r}... has {len(key):,} letters, at most {KEY_BYTES:,} are "
-            f"read; pack the images again under shorter names"
+            f"{where}: key {key[:40]!r}... has {len(key):,} letters, more than the limit of "
+            f"{KEY_BYTES:,}; pack the images again under shorter names"
         )
     return key.encode()
 
@@ -186,9 +188,9 @@ def _encode_key(key: str, where: str) -> bytes:
 def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
     first: dict[str, str] = {}
     for url, shard in zip(urls, found, strict=True):
-        # by content, because a copy or a link has a different name and counts every sample twice
+        # by content, because a copy or a link has a different name but counts every sample twice
         if (other := first.setdefault(shard.sha256, url)) != url:
-            raise ValueError(f"{other} and {url} hold the same bytes; name one")
+            raise ValueError(f"{other} and {url} hold the same bytes; name only one of them")
 
 
 def _assemble(
@@ -199,14 +201,14 @@ def _assemble(
     rule: Rule,
     options: Options,
 ) -> tuple[Manifest, dict[str, bytes], dict[str, Any]]:
-    """Return manifest, content of the .npz files by name, and plan of the shards that were read."""
+    """Build manifest, content of the .npz files by name, and plan from the shards' rows."""
     columns = {
         name: np.concatenate([np.array(shard.rows[name], dtype) for shard in found])
         for name, dtype in COLUMNS.items()
     }
     groups = rule.groups
     if groups is None:
-        # Python's own integers, because JSON has none of NumPy's
+        # Python integers, because json cannot encode NumPy's
         groups = tuple((int(class_id),) for class_id in np.unique(columns["label"]))
     encoding = encoding_parameters("original", 0, rule.crop_border)
     plan = {
@@ -220,7 +222,7 @@ def _assemble(
         "shards": files.sha256_json([shard.sha256 for shard in found]),
         **declared(options.score, ood=options.ood),
     }
-    # absent where nothing was chosen, so that plans without the option keep their hash
+    # absent by default, so that older plans keep their hash
     if rule.labels_are is not None:
         plan["labels_are"] = rule.labels_are
     index = Index(**columns).to_bytes()
@@ -247,10 +249,10 @@ def _assemble(
 
 
 def shard_names(shards: Sequence[str], out: str) -> list[str]:
-    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole.
+    """Name the shards for a manifest in `out`: relative if all lie below it, otherwise in full.
 
     Raises:
-        ValueError: if readers would refuse such a manifest.
+        ValueError: if readers would refuse such names.
     """
     folder_store, folder = files.open_store(whole_url(out))
     prefix = folder.rstrip("/") + "/"
@@ -258,7 +260,7 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
     for url in shards:
         place = files.open_store(url)
         name = place[1].removeprefix(prefix)
-        # "folder//x.tar" lies below, but behind the prefix its name would be an absolute one
+        # "folder//x.tar" lies below, but without the prefix its name would be an absolute path
         if place != (folder_store, prefix + name) or name.startswith("/"):
             names = list(shards)
             break
@@ -269,30 +271,30 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
 
 
 def _publish(out: str, manifest: Manifest, columns: dict[str, bytes], plan: dict[str, Any]) -> None:
-    """Write what is not there yet, the manifest last."""
+    """Write the files that do not exist yet, the manifest last."""
     index_url, plan_url = files.join(out, INDEX), files.join(out, PLAN)
-    # with lists in place of tuples, as it is when it is read back
+    # turns tuples into lists, to compare with the plan that is read back
     plan = json.loads(json.dumps(plan))
     if files.exists(files.join(out, MANIFEST)):
         old = Manifest.load(out)
         if old.samples_sha256 is None:
-            # an older version's index stays, because finished runs know the set by its manifest
+            # an older version's index is kept: finished runs identify the set by its manifest
             manifest, columns = replace(manifest, samples_sha256=None), {INDEX: columns[INDEX]}
         changed = [
             f.name for f in fields(Manifest) if getattr(old, f.name) != getattr(manifest, f.name)
         ]
         if changed:
             raise ValueError(
-                f"{out} already holds another data set or index (different: {', '.join(changed)}); "
+                f"{out} already holds a different data set or index (in {', '.join(changed)}); "
                 f"delete its manifest.json or choose another --out"
             )
-    # only the plan of an index has hashes of shards; a packer writes its manifest last
+    # only the plan of an index has hashes of shards: this one is a packer's, not finished
     elif files.exists(plan_url) and "shards" not in files.read_document(plan_url, dict):
         raise ValueError(f"{out} is being packed; finish that or choose another --out")
     elif files.exists(index_url) and not files.exists(plan_url):
-        raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
+        raise ValueError(f"{out} has an index.npz that rft did not write; choose another --out")
     data = files.find_bytes(plan_url)
-    # a run that was killed may have left a plan of different options
+    # a killed run may have left a plan with different options
     if data is None or documents.parse(data, plan_url) != plan:
         files.write_json(plan_url, plan)
     for name, data in columns.items():
@@ -303,18 +305,18 @@ def _publish(out: str, manifest: Manifest, columns: dict[str, bytes], plan: dict
 
 
 def _say(found: Sequence[Found]) -> None:
-    """Print what was passed over, which images are read as they are stored, and repeated keys.
+    """Log skipped members, images that are read as stored, contradictions and repeated keys.
 
-    The split by image id minds repeated keys.
+    Repeated keys matter to the held-out split, which is by image id.
     """
     as_stored = sum((shard.as_stored for shard in found), Counter())
     passed_over = sum((shard.passed_over for shard in found), Counter())
     for what, count in sorted(passed_over.items()):
-        log.info(f"passed over: {count:,} {what}")
+        log.info(f"skipped: {count:,} {what}")
     if count := as_stored["turned"]:
         log.warning(
             f"{count:,} images are stored turned or mirrored (EXIF orientation); they are read as "
-            "stored, as torchvision and open_clip do"
+            "stored, as in torchvision and open_clip"
         )
     if count := as_stored["transparent"]:
         log.warning(
@@ -325,12 +327,12 @@ def _say(found: Sequence[Found]) -> None:
         example = next(shard.example for shard in found if shard.example)
         log.warning(
             f"{count:,} samples have a .cls that contradicts --label-field, which was used "
-            f"(first: {example}); if the field is right, pass the .cls over with --ignore cls"
+            f"(first: {example}); if the field is right, skip the .cls with --ignore cls"
         )
     keys = Counter(key for shard in found for key in shard.rows["key"])
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:
         example = repeated[0].decode()
         log.info(
-            f"{len(repeated):,} keys are in more than one shard, such as {example!r}", extra=ASIDE
+            f"{len(repeated):,} keys occur in more than one shard, such as {example!r}", extra=ASIDE
         )

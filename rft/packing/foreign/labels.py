@@ -1,4 +1,4 @@
-"""One sample's label: what its `.cls` or `.json` says, and which class that is by the rule."""
+"""One sample's label: reads its `.cls` or `.json`, and finds the class by the set's rule."""
 
 import json
 import re
@@ -8,31 +8,31 @@ from rft.classes import composed
 from rft.packing.foreign.rule import Rule
 from rft.packing.foreign.samples import Sample, read_text
 
-POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
-LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the .cls beside it
+POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # a position has no sign and no leading zeros
+LABEL_FIELDS = ("label", "class", "cls")  # fields of a .json that should agree with the .cls
 
 
 def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int:
-    """Return a sample's class id.
+    """Read a sample's class id.
 
     Raises:
-        ValueError: if it has no label, or the label is no class.
+        ValueError: if it has no label, or the label is not a class.
     """
     wanted = rule.label_suffix
     if wanted not in sample.members:
         hint = ""
         if wanted == "cls" and "json" in sample.members:
             hint = "; name a field of its .json with --label-field"
-        raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
+        raise ValueError(f"{where}: no label: it has no .{wanted}{hint}")
     label = parse_label(read_text(stream, sample.members[wanted], where), where, rule)
     return resolve_label(label, where, rule)
 
 
 def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) -> str:
-    """Say what the other one of `.cls` and `.json` has, if it cannot mean the class that was read.
+    """Describe the label in the other of `.cls` and `.json`, if it contradicts the class read.
 
-    A label may be anything that a label can be here (an id, a name, a position in either list), and
-    one that is none of these may be about something else: neither is a contradiction.
+    A label contradicts only if none of its possible meanings (an id, a name, a position in either
+    list) is that class. One without any such meaning may be about something else.
     """
     other = "json" if rule.label_field is None else "cls"
     if other not in sample.members or other in rule.ignore:
@@ -41,11 +41,11 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
         text = read_text(stream, sample.members[other], "").decode("utf-8").strip()
         said = _fields(text) if other == "json" else [("", text)]
     except (ValueError, RecursionError):
-        return ""  # not the member that the label is read from
+        return ""  # unreadable, but the label is not read from this member
     for name, value in said or ():
         if other == "json" and name not in LABEL_FIELDS:
             continue
-        # by the exact type: true and false are instances of int
+        # compares exact types: true and false are instances of int
         meanings = _meanings(str(value), rule) if type(value) in (int, str) else set()
         if meanings and class_id not in meanings:
             field = f"{name!r}: " if name else ""
@@ -55,11 +55,11 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
 
 
 class Fields(list[tuple[str, Any]]):
-    """The fields of a JSON object in their order, repeated ones too."""
+    """The fields of a JSON object in order, including repeated ones."""
 
 
 def _fields(text: str) -> Fields | None:
-    """Read a JSON object, which is not ours: it may hold NaN, and repeat what is no label.
+    """Read the fields of a third-party JSON object; NaN and repeated fields are permitted.
 
     None for other JSON.
     """
@@ -68,13 +68,13 @@ def _fields(text: str) -> Fields | None:
 
 
 def _meanings(text: str, rule: Rule) -> set[int]:
-    """Return the class ids that a label could mean, whatever it counts."""
+    """Find all class ids that a label could mean: as an id, a name or a position."""
     text = composed(text).strip()
     found = set(rule.classes_of_name.get(text, ()))
     if text in rule.class_of_id:
         found.add(rule.class_of_id[text])
     if POSITION.fullmatch(text):
-        # a .json may count all classes where the .cls counts the local ones
+        # a .json may index all classes while the .cls indexes the local ones
         for places in (rule.positions, range(len(rule.labels))):
             if int(text) < len(places):
                 found.add(places[int(text)])
@@ -82,18 +82,18 @@ def _meanings(text: str, rule: Rule) -> set[int]:
 
 
 def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
-    """Return the label in a `.cls` or `.json`: a number, or a text.
+    """Parse the label in a `.cls` or `.json`: a number, or a text.
 
-    JSON tells the two apart. A `.cls` holds text in any case: a number is what is written as a
-    position is. `007` is a text. Texts are in Unicode's composed form, as the label space is.
+    JSON distinguishes the two. In a `.cls`, a text in the form of a position is a number; `007` is
+    a text. Texts are in Unicode's composed form, like the label space.
 
     Raises:
-        ValueError: if there is no label in it, or its field is there twice.
+        ValueError: if it has no label, or repeats the label's field.
     """
     try:
         text = data.decode("utf-8").strip()
         said = None if rule.label_field is None else _fields(text)
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{where}: its .{rule.label_suffix} is not readable: {error}") from error
     if rule.label_field is not None:
         return _json_label(said, rule.label_field, where)
@@ -101,11 +101,11 @@ def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
 
 
 def resolve_label(label: int | str, where: str, rule: Rule) -> int:
-    """Return the class id that a label means: a number, or a class's folder name or name.
+    """Resolve a label to a class id: a number, or a class's folder name or name.
 
-    A text that is a class's id is that class, also where it has digits alone. A number that is
-    written as one (no sign, no leading zeros) is a position, unless that and an id or name that
-    looks like it are different classes: then `labels_are` must decide.
+    A text that is a class's id means that class, even if it is all digits. A number (no sign, no
+    leading zeros) is a position, unless an id or name with the same digits belongs to a different
+    class: then `labels_are` must decide.
 
     Raises:
         ValueError: if it means no class, several, or one that the set is not scored on.
@@ -114,27 +114,28 @@ def resolve_label(label: int | str, where: str, rule: Rule) -> int:
     if class_id not in rule.scored:
         raise ValueError(
             f"{where}: label {label!r} is class {class_id} ({rule.labels.names[class_id]}), which "
-            f"this set is not published for; if its labels count classes of its own, list their "
-            f"names in a file and give it as --local-classes"
+            f"this set is not published for; if its labels index a list of its own, pass the list "
+            f"as --local-classes (docs/data.md#third-party-shards)"
         )
     return class_id
 
 
 def _class_of(label: int | str, where: str, rule: Rule) -> int:
     text = str(label)
+    # a string in JSON that is an id means that class, even if it is all digits
     if rule.labels_are is None and isinstance(label, str) and label in rule.class_of_id:
         return rule.class_of_id[label]
     if rule.labels_are == "names" or not POSITION.fullmatch(text):
         return _class_of_name(text, where, rule)
     if rule.labels_are is None and rule.misplaced:
         raise ValueError(
-            f"{where}: label {text} may be a position or a class's id or name, which are different "
-            f"here (class {rule.misplaced!r} is not at position {rule.misplaced}); say which with "
+            f"{where}: label {text} may be a position or a class's id or name, which differ here "
+            f"(class {rule.misplaced!r} is not at position {rule.misplaced}); choose with "
             f"--labels-are positions or --labels-are names"
         )
     number = int(text)
     if number not in range(len(rule.positions)):
-        raise ValueError(f"{where}: label {number} is none of the {len(rule.positions)} classes")
+        raise ValueError(f"{where}: label {number} is not one of the {len(rule.positions)} classes")
     return rule.positions[number]
 
 
@@ -143,7 +144,7 @@ def _class_of_name(text: str, where: str, rule: Rule) -> int:
         return rule.class_of_id[text]
     found = rule.classes_of_name.get(text, [])
     if len(found) != 1:
-        what = "several classes" if found else "no class of the label space"
+        what = "several classes" if found else "not a class of the label space"
         hint = ""
         if re.fullmatch(r"-?[0-9]+\.[0-9]*", text):
             hint = "; class numbers are integers"
@@ -158,14 +159,16 @@ def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> in
     if len(values) > 1:
         raise ValueError(f"{where}: its .json has {name!r} {len(values)} times; keep one of them")
     value = values[0] if values else None
-    # before int is accepted, of which bool is a subclass
+    # before int is accepted, because bool is a subclass of int
     if isinstance(value, bool | float):
         kind = "true or false" if isinstance(value, bool) else "a number with a fraction"
         raise ValueError(
             f"{where}: label {json.dumps(value)} of its .json is {kind}; write class numbers as "
-            f"integers (0, 1, 2), or class names as texts"
+            f"integers (0, 1, 2), or class names as strings"
         )
     if not isinstance(value, int | str):
-        known = "no fields" if said is None else ", ".join(sorted({field for field, _ in said}))
-        raise ValueError(f"{where}: no label, its .json has no number or text {name!r} ({known})")
+        known = ", ".join(sorted({field for field, _ in said or ()})) or "none"
+        raise ValueError(
+            f"{where}: no label: its .json has no number or string {name!r} (fields: {known})"
+        )
     return composed(value).strip() if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Brace patterns: `folder/{000..127}.tar` names shards, and is counted before it is expanded."""
+"""Brace patterns for shards: `folder/{000..127}.tar` is counted before it is expanded."""
 
 import re
 from collections import Counter
@@ -13,17 +13,17 @@ from braceexpand import (
 )
 
 SHARDS = 1_000_000  # of a set
-PATTERN_LETTERS = 4096  # as Linux allows in a path
+PATTERN_LETTERS = 4096  # Linux's limit of a path
 URL_LETTERS = 2**28  # of all URLs together
 NOT_EXPANDED = re.compile(r"[{}*]")
-DEPTH = 32  # of braces in braces, through which braceexpand recurses
+DEPTH = 32  # of nested braces, for which braceexpand recurses
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """Return the URLs that brace patterns name, in their order.
+    """Expand brace patterns into URLs, in order.
 
     Raises:
-        ValueError: if a pattern is none, or nothing or something twice is named.
+        ValueError: if a pattern is malformed, no shard is named, or one is named twice.
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -31,13 +31,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
             raise ValueError(f"a shard pattern has {len(pattern):,} letters: {pattern[:40]!r}...")
         count = count_expanded(pattern)
         if len(urls) + count > SHARDS or count * len(pattern) > URL_LETTERS:
-            # counts multiply, so this one may have thousands of digits
+            # counts multiply, so this number may have thousands of digits
             named = f"{count:,}" if count < 10**30 else "uncounted"
             raise ValueError(f"{pattern[:99]!r} names {named} shards; a set has at most {SHARDS:,}")
-        # without escapes, of which `count_expanded` knows nothing
+        # without escapes, which `count_expanded` does not handle
         found = list(braceexpand(pattern, escape=False))
         for url in found:
-            # a local file may have such a sign in its name
+            # the name of an existing local file may contain such a sign
             if (sign := NOT_EXPANDED.search(url)) and not _is_local_file(url):
                 raise ValueError(
                     f"{pattern!r}: {sign[0]!r} is not expanded; name shards one by one or with a "
@@ -53,20 +53,19 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def count_expanded(pattern: str) -> int:
-    """Count the texts that `braceexpand` makes of a pattern, without making any.
+    """Count the texts that `braceexpand` would make of a pattern, without expanding it.
 
     Raises:
         ValueError: if its braces do not match.
     """
-    # of each group that is open: the alternatives before the last comma, those since then, and
-    # where it began
+    # for each open group: the alternatives before the last comma, those since then, and its start
     groups = [(0, 1, 0)]
     for place, letter in enumerate(pattern):
         before, count, start = groups[-1]
         if letter == "{":
             groups.append((0, 1, place + 1))
             if len(groups) > DEPTH:
-                raise ValueError(f"more than {DEPTH} braces lie within each other in {pattern!r}")
+                raise ValueError(f"braces are nested more than {DEPTH} deep in {pattern!r}")
         elif letter == "," and groups[1:]:
             groups[-1] = (before + count, 1, start)
         elif letter == "}":
@@ -82,7 +81,7 @@ def count_expanded(pattern: str) -> int:
 
 
 def _count_range(text: str) -> int:
-    """Count the texts of `1..9`, `a..z` or either with a step; 0 if it is none of these."""
+    """Count the texts of `1..9`, `a..z` or either with a step; 0 for any other text."""
     for known, number in ((int_range_re, int), (char_range_re, alphabet.index)):
         if found := known.match(text):
             first, last = number(found[1]), number(found[2])

@@ -1,8 +1,8 @@
 """The samples of any tar shard, as webdataset groups them, and complete shards from any store.
 
 A sample's key is its members' folder and base name up to the first dot; the rest, in lower case, is
-the suffix. Members without a key (`README`, `._x.jpg`, `__meta__`) webdataset passes over, and so
-does this, but they are counted.
+the suffix. Members without a key (`README`, `._x.jpg`, `__meta__`) are skipped, as in webdataset,
+but counted.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from rft.storage import files, local, remote
 
 PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # its `skip_meta`
 TEXT_BYTES = 2**20  # of a .cls or .json
-SIZE_THREADS = 16  # asking for sizes is latency-bound
+SIZE_THREADS = 16  # querying sizes is latency-bound
 
 
 class Sample(NamedTuple):
@@ -33,13 +33,13 @@ class Sample(NamedTuple):
 
 
 def whole_url(url: str) -> str:
-    """Return a URL as it is, and a local path as an absolute one without parts that are `.`."""
+    """Make a local path absolute, without `.` parts; a URL is returned unchanged."""
     fs, path = files.open_store(url)
     return str(Path(path)) if isinstance(fs, LocalFileSystem) else url
 
 
 def parent(url: str) -> str | None:
-    """Return the folder of a whole URL, or None for one that has none (a host, a bucket)."""
+    """Find the folder of a complete URL; None if it has none (a host, a bucket)."""
     scheme, mark, rest = url.rstrip("/").rpartition("://")
     folder, slash, _ = rest.rpartition("/")
     if not slash or (mark and not folder):
@@ -48,7 +48,7 @@ def parent(url: str) -> str | None:
 
 
 def shard_size(url: str) -> int:
-    """Return the bytes of a shard.
+    """Return the size of a shard in bytes.
 
     Raises:
         ValueError: if it does not exist, is a folder, or its store reports no size.
@@ -58,31 +58,33 @@ def shard_size(url: str) -> int:
     except FileNotFoundError as error:
         raise ValueError(f"no such shard: {url}") from error
     except IsADirectoryError as error:
+        # a common mistake: suggest the pattern of the shards in the folder
         found, tars = "", [name for name in files.names(url) if name.endswith(".tar")]
         if tars:
-            found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; "
+            found = f"its {len(tars)} .tar files range from {tars[0]} to {tars[-1]}; "
         pattern = files.join(url, "{000000..000123}.tar")
         raise ValueError(
-            f"{url} is a folder, not a shard; {found}name its shards, such as '{pattern}'"
+            f"{url} is a folder, not a shard; {found}name its shards, such as '{pattern}' "
+            f"(docs/data.md#third-party-shards)"
         ) from error
 
 
 @contextmanager
 def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
-    """Yield a seekable stream of a whole shard of `size` bytes and the hex sha256 of what it holds.
+    """Yield a seekable stream of a complete shard of `size` bytes, and its sha256 in hex.
 
-    A remote shard is brought into a temporary file, which is gone when the body ends.
+    A remote shard is copied into a temporary file, which is deleted after the body.
 
     Raises:
-        ValueError: if it is not there or cannot be read.
+        ValueError: if it does not exist or cannot be read.
     """
 
     async def bring(fs: Any, path: str) -> IO[bytes]:
         with ExitStack() as stack:
-            # without a name, so that not even a killed process leaves it behind
+            # unnamed, so that even a killed process leaves nothing behind
             copy = stack.enter_context(tempfile.TemporaryFile())
             await remote.fill(copy.fileno(), size, partial(remote.read_range, fs, path))
-            # left open for the caller; an error above has closed it, and thereby removed it
+            # left open for the caller; an error above closes and thereby removes it
             stack.pop_all()
             return copy
 
@@ -97,7 +99,7 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and lower-case suffix of a tar member, or None where webdataset sees no sample."""
+    """Split a member's name into key and lower-case suffix; None if webdataset would skip it."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     if not stem or not dot or PASSED_OVER_BY_WEBDATASET.match(name):
@@ -106,11 +108,11 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> list[Sample]:
-    """Return the samples of a tar in order; names without a key are counted in `passed_over`.
+    """List the samples of a tar in order; names without a key are counted in `passed_over`.
 
     Raises:
-        ValueError: if the tar is damaged, a member occurs twice, or members of other samples lie
-            between those of one: webdataset would make several samples of it.
+        ValueError: if the tar is damaged, a member occurs twice, or the members of a sample are not
+            contiguous: webdataset would split it into several samples.
     """
     samples: dict[str, Sample] = {}
     current = ""
@@ -120,34 +122,35 @@ def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> li
             passed_over["members without a key"] += 1
             continue
         key, suffix = split
+        # webdataset ends a sample at the first member with a different key
         if key in samples and key != current:
             raise ValueError(
-                f"{where}: key {key!r} comes back at byte {member.offset:,} ({member.name}) after "
+                f"{where}: key {key!r} recurs at byte {member.offset:,} ({member.name}) after "
                 f"other keys; the members of a sample must be neighbours: write the tar again with "
-                f"names in order (tar --sort=name)"
+                f"sorted names (tar --sort=name)"
             )
         current = key
         members = samples.setdefault(key, Sample(key, {})).members
         if suffix in members:
-            raise ValueError(f"{where}: two members are called {member.name!r}")
+            raise ValueError(f"{where}: two members are named {member.name!r}")
         members[suffix] = member
     return list(samples.values())
 
 
 def read_text(stream: IO[bytes], member: tar.Member, where: str) -> bytes:
-    """Return the content of a member that holds a label.
+    """Read the content of a member that holds a label.
 
     Raises:
-        ValueError: if it is longer than any label.
+        ValueError: if it is too long for a label.
     """
     if member.size > TEXT_BYTES:
         raise ValueError(
-            f"{where}: {member.name!r} has {member.size:,} bytes, no label has so many"
+            f"{where}: {member.name!r} has {member.size:,} bytes, too many for a label"
         )
     return read_member(stream, member)
 
 
 def read_member(stream: IO[bytes], member: tar.Member) -> bytes:
-    """Return the content of a member."""
+    """Read the content of a member."""
     stream.seek(member.offset)
     return stream.read(member.size)

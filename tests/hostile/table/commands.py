@@ -215,7 +215,7 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.predict", "run"), "image"),
     (("rft.predict", "gone", "photos"), "gone"),
     (("rft.predict", "clip", "photos"), "no classification head"),
-    (("rft.predict", "run", "classes.json"), r"classes\.json is no readable"),
+    (("rft.predict", "run", "classes.json"), r"classes\.json is not a readable"),
     (("rft.predict", "run", "gone.jpg"), r"gone\.jpg cannot be read"),
     (("rft.predict", "run", "/dev/zero"), "a device, not a regular file"),
     (("rft.photos",), "name the folder of your photos"),

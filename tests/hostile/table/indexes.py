@@ -157,7 +157,7 @@ def rows() -> Iterator[Row]:
         changed(
             lambda columns: [columns[name].__setitem__(0, columns[name][1]) for name in columns]
         ),
-        "overlaps|occurs|knows nothing",
+        "overlaps|occurs|does not list",
         words=DEEP,
         answer="reported",
     )

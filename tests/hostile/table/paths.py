@@ -328,7 +328,7 @@ def rows() -> Iterator[Row]:
             f"a verification into a {what}",
             (*VERIFY, "--report", "new.json"),
             put,
-            rf"new\.json is a {what}, which is not replaced by a file",
+            rf"new\.json is a {what} and cannot be replaced",
         )
     yield row("a merge into a file", (*WISE[:5], "classes.json"), lambda _: None, r"classes\.json")
     yield row(

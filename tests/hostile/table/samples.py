@@ -87,8 +87,8 @@ def rows() -> Iterator[Row]:
     }
     for what, data in bad.items():
         yield row(what, published(data))
-    yield row("a domain is beyond the names", domains(0, 1, 2, 0), "domain 2 is none of the 2")
-    yield row("a domain is negative", domains(0, 1, -1, 0), "domain -1 is none of the 2")
+    yield row("a domain is beyond the names", domains(0, 1, 2, 0), "domain 2 is not one of the 2")
+    yield row("a domain is negative", domains(0, 1, -1, 0), "domain -1 is not one of the 2")
     # of the training set, which is then compared with the test set
     for what, data in bad.items():
         yield row(f"{what}, trained on", published(data, TRAIN), words=DRY, answer="refused")
