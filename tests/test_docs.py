@@ -42,14 +42,38 @@ def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monke
 DOCS = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
 
 
+def anchors(page: Path) -> set[str]:
+    """Collect the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
 @pytest.mark.parametrize("page", ["README.md", "SECURITY.md", *DOCS])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
-    links = re.findall(r"\]\(([^)#]+)", text)
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", text)
     pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
-    for target in links + pictures:
+    for target, anchor in [*links, *((picture, "") for picture in pictures)]:
         if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_pages_that_messages_name_exist():
+    """An error whose cause has a page names it: docs/PAGE.md#anchor."""
+    code = [path for folder in ("rft", "tools", "launch") for path in (ROOT / folder).rglob("*.*")]
+    named = {
+        found
+        for path in code
+        if path.suffix in {".py", ".sh", ".sbatch", ".example"}
+        for found in re.findall(r"docs/([\w-]+)\.md(?:#([\w-]+))?", path.read_text())
+    }
+    assert len(named) > 20
+    for page, anchor in named:
+        path = ROOT / "docs" / f"{page}.md"
+        assert path.exists(), page
+        assert not anchor or anchor in anchors(path), f"{page}.md#{anchor}"
 
 
 # in the order in which a new reader needs them
