@@ -1,8 +1,8 @@
 """Copy reports into docs/results and every table into the pages that show it.
 
-`make results` runs the demo on three seeds and then this; `make bench`, `make gpu` and `make peers`
-end with this too, without a demo. After `make reproduce SEEDS=3`, --reproduction takes its report
-in, and after `make post-2023 SEEDS=3` --later does. A page takes a table between the lines
+`make results` runs the demo on five seeds and then this; `make bench`, `make gpu` and `make peers`
+end with this too, without a demo. After `make reproduce`, --reproduction takes its report
+in, and after `make post-2023` --later does. A page takes a table between the lines
 `<!-- table: FILE -->` and `<!-- end of table -->`, where FILE may be a pattern that no file matches
 yet; tests/test_docs.py holds the two equal.
 """
@@ -41,11 +41,11 @@ class Arguments:
     """Take measured tables into the documentation."""
 
     demo: Path | None = None
-    """Folder that `make demo SEEDS=3` wrote; None leaves its results as they are."""
+    """Folder that `make demo` wrote; None leaves its results as they are."""
     reproduction: Path | None = None
-    """Folder that `make reproduce SEEDS=3` wrote; None leaves its results as they are."""
+    """Folder that `make reproduce` wrote; None leaves its results as they are."""
     later: Path | None = None
-    """Folder that `make post-2023 SEEDS=3` wrote; None leaves its results as they are."""
+    """Folder that `make post-2023` wrote; None leaves its results as they are."""
 
 
 def with_tables(page: str) -> str:
