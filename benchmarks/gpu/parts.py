@@ -30,7 +30,7 @@ from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import MINIATURE, load_clip
 from rft.config import ModelConfig, Precision
-from rft.demo import captions, objects, scenes
+from rft.demo import captions, objects, scenes, world
 from rft.demo.pretrain import draw_captioned
 from rft.evaluate.count import count_correct
 from rft.loading.dataset import PackedDataset
@@ -185,8 +185,9 @@ def masks(record: Record, settings: Settings) -> None:
     head = zero_shot_head(clip, objects.CLASSES, captions.TEMPLATES)
     trained = Classifier(clip.model.visual, head, clip.architecture).to(device)
     setting = scenes.Setting(bank="dev", styles={"photo": 1.0}, contexts="usual")
+    images = world.WorldSet(setting=setting, images=192)
     try:
-        seen = draw_captioned("gpu benchmark", setting, 192, 0)
+        seen = draw_captioned("gpu benchmark", images, 0)
     except ModuleNotFoundError as error:
         # its world is made of images that ship with scikit-learn, which is too large to carry
         record.put(MINIATURE, not_measured=f"{error.name} is not installed")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
+from open_clip.transformer import VisionTransformer
 from safetensors.torch import save
 from torch import Tensor
 
@@ -209,7 +210,9 @@ def measure(model: CLIP, dev: dict[str, Captioned]) -> dict[str, float]:
     """
     model.eval()
     clip = PretrainedClip(model, WordTokenizer(VOCABULARY, CONTEXT_LENGTH), ARCHITECTURE)
-    classifier = Classifier(model.visual, zero_shot_head(clip, CLASSES, TEMPLATES), ARCHITECTURE)
+    visual = model.visual
+    assert isinstance(visual, VisionTransformer)  # open_clip's type allows ResNets too
+    classifier = Classifier(visual, zero_shot_head(clip, CLASSES, TEMPLATES), ARCHITECTURE)
     measured: dict[str, float] = {}
     for name, data in dev.items():
         groups = groups_of(name)
