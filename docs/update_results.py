@@ -67,6 +67,8 @@ def copy_report(folder: Path, report: str, name: str) -> None:
             files.write_bytes(str(results / file), (folder / report / file).read_bytes())
     runs = folder / "runs" / (report if report == LATER else "")
     provenance = files.read_json(str(runs / "zero-shot-seed0/provenance.json"))
+    # a path of the machine that measured means nothing to a reader
+    provenance["command"] = [word.replace(str(folder), "DIR") for word in provenance["command"]]
     files.write_json(str(results / "provenance.json"), provenance)
     print(f"copied {folder / report} to {RESULTS}/{name}")
 
