@@ -48,6 +48,7 @@ GLUE = "\0"  # cannot occur in a folder's name
 LISTED = 30  # classes whose counts are printed
 YOURS = "NEW_PHOTOS"
 UNBALANCED = 20  # times as many photos in the largest class as in the smallest: printed as a note
+BY_DEFAULT = "exported by default (no held-out photos to choose by)"
 FEW = 5  # photos of a class to train on; fewer are printed as a note
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def main() -> None:
     chosen = _chosen(task, held_out)
     for stage in plan.end(task, chosen):
         run(stage)
-    _say_end(task, chosen, time.perf_counter() - began)
+    _say_end(task, chosen, held_out, time.perf_counter() - began)
 
 
 def _same_command(*more: str, label: str = "") -> str:
@@ -231,7 +232,8 @@ def without_held_out(config: Config, size: small.Size) -> list[str]:
     """Explain which model is exported without held-out photos, and how many would suffice."""
     lines = [
         "too few photos to hold some out of training:",
-        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, without a choice",
+        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported by default, without a "
+        "choice",
     ]
     # with a single photo of a class, no number of photos would suffice
     pairs = size._replace(fewest=max(size.fewest, 2))
@@ -396,12 +398,34 @@ def _chosen(task: Task, held_out: int) -> Path:
     return Path(choice.read(task.choice).chosen)
 
 
-def _say_end(task: Task, chosen: Path, seconds: float) -> None:
-    """Print the paths of the results, and the command that uses the model."""
+def _say_end(task: Task, chosen: Path, held_out: int, seconds: float) -> None:
+    """Print the paths of the results, and the commands that use the model or export a better one."""
     print(f"\ndone in {about(seconds).removeprefix('about ')}")
-    cli.say(f"chosen: {chosen.name}")
+    cli.say(f"{'chosen' if held_out else BY_DEFAULT}: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")
     cli.say(f"model:  {task.model}")
     words = ["-m", "rft.predict", task.model, YOURS, "--html", "page.html", "--cam"]
     unknown = {YOURS: "image files, or folders that hold some"}
     cli.say_next(cli.next_step(words, unknown=unknown))
+    if found := better(task, chosen):
+        model, points = found
+        cli.say(
+            f"alarm: {model.name} is significantly better than the exported model on the test "
+            f"photos ({points:+.1f} points); to export it:"
+        )
+        for stage in plan.export(task, model, task.out / f"{task.model.name}-{model.name}"):
+            cli.say(cli.next_step(stage.words, label=f"  {stage.name}"))
+
+
+def better(task: Task, exported: Path) -> tuple[Path, float] | None:
+    """Find the first model of the report's alarm, and its difference in points, if there is one."""
+    from rft.report import alarms
+    from rft.report.page import compose
+    from rft.report.read import load_runs
+
+    report = compose(load_runs([task.out / "runs"]), draw=False, chosen=exported)
+    assert report.chosen is not None
+    for row, difference in alarms.better(report.shown, report.measures, report.chosen):
+        path = next(run.path for run in report.runs if run.row == row.name)
+        return path, 100 * difference.value
+    return None

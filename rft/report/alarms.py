@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
 from rft.report.tables import Row, columns, heading, is_average, pair_of, target
+from rft.statistics.paired import Difference
 from rft.text import printable
 
 BASELINE = "zero-shot"
@@ -13,9 +14,28 @@ BASELINE = "zero-shot"
 PREDICTED_SHARE = 0.5
 
 
-def of_report(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> list[str]:
-    """Collect the alarms of a report's runs and rows, as sentences."""
-    return [*_seen(runs), *_lost(rows, measures), *_collapsed(rows, measures)]
+def of_report(
+    runs: Sequence[Run], rows: Sequence[Row], measures: Measures, chosen: Row | None = None
+) -> list[str]:
+    """Collect the alarms of a report's runs and rows, as sentences; `chosen` is exported."""
+    return [
+        *_seen(runs),
+        *_behind(rows, measures, chosen),
+        *_lost(rows, measures, chosen),
+        *_collapsed(rows, measures),
+    ]
+
+
+def better(rows: Sequence[Row], measures: Measures, chosen: Row) -> list[tuple[Row, Difference]]:
+    """Find the rows that are significantly better than the exported model, the best first."""
+    column = target(rows)
+    pairs = [(row, pair_of(measures, row.name, chosen.name, column)) for row in rows]
+    found = [
+        (row, pair.difference)
+        for row, pair in pairs
+        if row != chosen and pair and pair.difference.value > 0 and significant(pair)
+    ]
+    return sorted(found, key=lambda one: -one[1].value)
 
 
 def _seen(runs: Sequence[Run]) -> Iterator[str]:
@@ -32,11 +52,28 @@ def _seen(runs: Sequence[Run]) -> Iterator[str]:
         )
 
 
-def _lost(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
+def _behind(rows: Sequence[Row], measures: Measures, chosen: Row | None) -> Iterator[str]:
+    """Compare the exported model with the others, in the report's main column."""
+    found = better(rows, measures, chosen) if chosen else []
+    if chosen and found:
+        others = ", ".join(
+            f"{row.name} {100 * value:+.1f} points (95% interval {100 * low:+.1f} to "
+            f"{100 * high:+.1f})"
+            for row, (value, (low, high), _) in found
+        )
+        yield (
+            f"The exported model, {chosen.name}, is significantly worse than others on "
+            f"{heading(target(rows))}: {others}. Export one of them instead."
+        )
+
+
+def _lost(rows: Sequence[Row], measures: Measures, chosen: Row | None) -> Iterator[str]:
     """Find rows that are significantly worse than zero-shot, in the report's main column."""
     column = target(rows)
     for row in rows:
-        pair = None if row.name == BASELINE else pair_of(measures, row.name, BASELINE, column)
+        # `_behind` compares the exported model with all others
+        skipped = row.name == BASELINE or row == chosen
+        pair = None if skipped else pair_of(measures, row.name, BASELINE, column)
         if pair is None or pair.difference.value >= 0 or not significant(pair):
             continue
         low, high = pair.difference.interval

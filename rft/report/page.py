@@ -35,7 +35,7 @@ from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.mistakes import Pictures, RowMistakes
 from rft.report.read import TRANSDUCTIVE, Run, load_runs, shown_settings
-from rft.report.summary import Summary, summarise
+from rft.report.summary import Summary, is_default, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.templates import data_url, environment
 from rft.report.testbed import read_line
@@ -86,7 +86,12 @@ class Report:
     """Step -> WebP of the gallery's images at that step, ascending."""
     gallery_run: Run | None
     chosen: Row | None = None
-    """Row of the model that was chosen without test images."""
+    """Row of the exported model."""
+
+    @property
+    def mark(self) -> str:
+        """Word beside the name of the exported model."""
+        return "exported" if is_default(self.runs) else "chosen"
 
     @property
     def hidden(self) -> int:
@@ -119,7 +124,7 @@ def write_report(
 
     Files of an earlier report there are replaced or removed. With a data root, the page shows
     images that were gained and lost, each of at most `max_pixels` million pixels. `chosen` is the
-    run folder of the model that was chosen without test images.
+    run folder of the exported model, which was chosen without test images.
 
     Raises:
         ValueError: if the runs cannot be compared in one table, a file is malformed, or a set below

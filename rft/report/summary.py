@@ -44,12 +44,12 @@ def summarise(
 ) -> Summary:
     """Write the sentences; `shown` has one row per WiSE family.
 
-    `chosen` is the row of the model that was chosen without test images, if there is one.
+    `chosen` is the row of the exported model, if there is one.
     """
-    found = alarms.of_report(runs, shown, measures)
+    found = alarms.of_report(runs, shown, measures, chosen)
     return Summary(
         _compared(runs, rows),
-        [*_choice(chosen, shown, measures), *_conclusions(shown, measures)],
+        [*_choice(runs, chosen, shown, measures), *_conclusions(shown, measures)],
         [*found, *_warnings(runs, rows, measures)],
         found,
     )
@@ -78,17 +78,25 @@ def _plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _choice(chosen: Row | None, rows: Sequence[Row], measures: Measures) -> Iterator[str]:
-    """State the accuracy of the chosen model, and its difference to the untrained one."""
+def is_default(runs: Sequence[Run]) -> bool:
+    """Whether no training held images out, so that none of the models can have been chosen."""
+    held_out = [run.config.loader.held_out for run in runs if run.config.loader]
+    return bool(held_out) and not any(held_out)
+
+
+def _choice(
+    runs: Sequence[Run], chosen: Row | None, rows: Sequence[Row], measures: Measures
+) -> Iterator[str]:
+    """State the accuracy of the exported model, and its difference to the untrained one."""
     column = target(rows)
     if chosen is None or column not in chosen.cells:
         return
     found = details.interval(measures, chosen.name, column)
     images = "" if found is None else f" (95% interval {details.interval_percent(found)})"
-    yield (
-        f"Chosen without any test image: {chosen.name}, {chosen.cells[column].text()}%{images} on "
-        f"{heading(column)}."
-    )
+    how = "Chosen without any test image"
+    if is_default(runs):
+        how = "Exported by default (no held-out images to choose by)"
+    yield f"{how}: {chosen.name}, {chosen.cells[column].text()}%{images} on {heading(column)}."
     for row in rows:
         if row.recipe == tables.UNTRAINED and row != chosen and column in row.cells:
             yield f"Difference: {_against(chosen, row, '', column, measures)}"

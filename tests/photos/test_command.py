@@ -197,7 +197,7 @@ def test_unbalanced_classes_are_named(tmp_path):
     text = dry(write(tmp_path / "photos", [200, 2]), tmp_path / "out")
     assert "unbalanced: red bricks zero has 160 photos to train on, red bricks one 1;" in text
     assert "too few photos to hold some out of training" in text
-    assert "wise-object-mask-single-fill-0.5 is exported" in text
+    assert "wise-object-mask-single-fill-0.5 is exported by default" in text
     assert "200 to train on would be enough, with two or more of each class; you have 161" in text
 
 
@@ -256,7 +256,12 @@ def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "200 to train on would be enough; you have 199" in result.stdout
     assert not (out / "choice.json").exists()
-    assert result.stdout.splitlines()[-5] == "chosen: wise-object-mask-single-fill-0.5"
+    end = "exported by default (no held-out photos to choose by): wise-object-mask-single-fill-0.5"
+    assert end in result.stdout.splitlines()
+    page = (out / "report" / "index.html").read_text()
+    assert "Exported by default (no held-out images to choose by): wise-object-mask" in page
+    assert "Chosen without" not in page
+    assert "(exported)" in page
 
 
 @pytest.mark.slow
