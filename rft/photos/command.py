@@ -30,7 +30,7 @@ from rft.photos.plan import ZERO_SHOT, Stage, Task
 from rft.runs import choice
 from rft.shards.label_space import LabelSpace
 from rft.storage.documents import Epochs, Part, Seed, Whole, document
-from rft.text import printable
+from rft.text import plain, printable
 from rft.train.rate import about
 
 # modules that the stages load by name, imported once before they are forked
@@ -110,7 +110,7 @@ def main() -> None:
     require_apart([source], str(out), ("shards", "runs", "report", "model"))
     photos = _read(arguments, source)
     _require_usable(photos, source)
-    print("\n".join(found(photos, source)), flush=True)
+    print("\n".join(found(photos, source, arguments.max_bad)), flush=True)
     folder.warn(photos)
     task = _task(arguments)
     size = _size(photos)
@@ -232,8 +232,7 @@ def without_held_out(config: Config, size: small.Size) -> list[str]:
     """Explain which model is exported without held-out photos, and how many would suffice."""
     lines = [
         "too few photos to hold some out of training:",
-        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported by default, without a "
-        "choice",
+        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported by default",
     ]
     # with a single photo of a class, no number of photos would suffice
     pairs = size._replace(fewest=max(size.fewest, 2))
@@ -273,15 +272,18 @@ def _require_usable(photos: Photos, source: Path) -> None:
         raise ValueError(f"{source} has one class; a classifier needs two or more")
 
 
-def found(photos: Photos, source: Path) -> list[str]:
+def found(photos: Photos, source: Path, max_bad: int = 0) -> list[str]:
     """Summarise the photos for printing: counts, split, and oddities of the classes."""
+    # packing leaves out more photos if they cannot be decoded
+    most = "at most " if max_bad > len(photos.damaged) else ""
+    left_out = f", {len(photos.damaged):,} left out" if photos.damaged else ""
     train, test = (_items(photos, name) for name in (plan.TRAIN_SET, plan.TEST_SET))
     names = photos.labels.names
     counts = [Counter(item.label for item in items) for items in (train, test)]
     total = sum(len(one.items) for one in photos.sources)
     lines = [
         f"{printable(str(source))}: {total:,} photos of {len(names):,} classes; "
-        f"{len(train):,} to train on, {len(test):,} to test with"
+        f"{most}{len(train):,} to train on, {most}{len(test):,} to test with{left_out}"
     ]
     if len(names) <= LISTED:
         # keeps a name and its numbers on one line
@@ -310,8 +312,8 @@ def found(photos: Photos, source: Path) -> list[str]:
     few = [names[label] for label in order if counts[0][label] < FEW]
     if few:
         lines.append(
-            f"{len(few):,} classes have fewer than {FEW} photos to train on, such as "
-            f"{printable(few[0])}"
+            f"{len(few):,} {'classes have' if few[1:] else 'class has'} fewer than {FEW} photos to "
+            f"train on{', such as' if few[1:] else ':'} {printable(few[0])}"
         )
     return lines
 
@@ -361,7 +363,11 @@ def _packed(task: Task) -> small.Size:
 
 
 def _items(photos: Photos, name: str) -> Sequence[Item]:
-    return next(one.items for one in photos.sources if one.dataset == name)
+    """List the photos of a set, without those that are known to be left out."""
+    source = next(one for one in photos.sources if one.dataset == name)
+    if not photos.damaged:
+        return source.items
+    return [item for item in source.items if source.root / item.path not in photos.damaged]
 
 
 def sizes(photos: Photos, config: Config) -> plan.Sizes:
@@ -387,8 +393,13 @@ def _before(task: Task, held_out: int) -> list[Stage]:
 
 
 def run(stage: Stage) -> None:
-    """Run a stage."""
-    stages.run_here(stage.name, stage.words)
+    """Run a stage; after its error, print how to resume."""
+    try:
+        stages.run_here(stage.name, stage.words)
+    except SystemExit as stopped:
+        if stopped.code == stages.MISTAKE:
+            print(plain(f"  {_same_command(label='to resume')}"), file=sys.stderr, flush=True)
+        raise
 
 
 def _chosen(task: Task, held_out: int) -> Path:
@@ -399,7 +410,7 @@ def _chosen(task: Task, held_out: int) -> Path:
 
 
 def _say_end(task: Task, chosen: Path, held_out: int, seconds: float) -> None:
-    """Print the paths of the results, and the commands that use the model or export a better one."""
+    """Print the paths of the results, and commands to use the model or to export a better one."""
     print(f"\ndone in {about(seconds).removeprefix('about ')}")
     cli.say(f"{'chosen' if held_out else BY_DEFAULT}: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")

@@ -1,6 +1,7 @@
 """Alarms of a report: training images in a test set, lost accuracy, collapse. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
@@ -12,14 +13,27 @@ BASELINE = "zero-shot"
 # A model with this share of the images' classes among its predictions, or less, has collapsed. Good
 # models predict nearly all classes, and one that collapsed to the most frequent class predicts one.
 PREDICTED_SHARE = 0.5
+NAMED = 5  # photos that an alarm names
 
 
 def of_report(
-    runs: Sequence[Run], rows: Sequence[Row], measures: Measures, chosen: Row | None = None
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    measures: Measures,
+    chosen: Row | None = None,
+    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> list[str]:
-    """Collect the alarms of a report's runs and rows, as sentences; `chosen` is exported."""
+    """Collect the alarms of a report's runs and rows, as sentences.
+
+    Args:
+        runs: all runs.
+        rows: the rows that are shown.
+        measures: their numbers.
+        chosen: the row of the exported model.
+        photos: test set -> the files of its photos that were trained on, if they are known.
+    """
     return [
-        *_seen(runs),
+        *_seen(runs, photos),
         *_behind(rows, measures, chosen),
         *_lost(rows, measures, chosen),
         *_collapsed(rows, measures),
@@ -38,7 +52,7 @@ def better(rows: Sequence[Row], measures: Measures, chosen: Row) -> list[tuple[R
     return sorted(found, key=lambda one: -one[1].value)
 
 
-def _seen(runs: Sequence[Run]) -> Iterator[str]:
+def _seen(runs: Sequence[Run], photos: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Find test sets with images that a model was trained on, as its evaluation recorded."""
     found: dict[tuple[str, int, int], dict[str, None]] = {}
     for run in runs:
@@ -46,9 +60,15 @@ def _seen(runs: Sequence[Run]) -> Iterator[str]:
             if count.seen:
                 found.setdefault((name, count.seen, count.total), {})[run.row] = None
     for (name, seen, total), rows in found.items():
+        paths = photos.get(name, ())
+        files = ""
+        if len(paths) == seen:  # otherwise the sets have changed since the evaluation
+            more = ", ..." if len(paths) > NAMED else ""
+            files = f" ({', '.join(map(printable, paths[:NAMED]))}{more})"
         yield (
-            f"{seen:,} of the {total:,} images of {printable(heading(name))} were in the training "
-            f"set of {', '.join(rows)}: this accuracy is too high. Remove them and pack again."
+            f"{seen:,} of the {total:,} images of {printable(heading(name))}{files} "
+            f"{'was' if seen == 1 else 'were'} in the training set of {', '.join(rows)}: this "
+            f"accuracy is too high. Remove {'it' if seen == 1 else 'them'} and pack again."
         )
 
 
