@@ -68,7 +68,9 @@ class Arguments:
     rft photos holiday --out holiday-rft
     """
 
-    folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FOLDER")] = None
+    folder: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
+    ] = None
     """Folder that holds the class folders, or train/ and test/ with these in them."""
     out: Path = Path("rft-photos")
     """Output folder."""
