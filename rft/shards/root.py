@@ -51,7 +51,7 @@ def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
     # the plan is written first and the manifest last
     if PLAN in files.names(url):
-        return "packing has not finished; rerun the same command of tools/"
+        return "packing has not finished; rerun the same command"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else CHOOSE
