@@ -41,10 +41,11 @@ def root(tmp_path) -> Path:
     [
         ("shards/imagenet-w", "{root}/shards has the sets imagenet-train, imagenet-val; did you "
          "mean 'imagenet-val'?"),
-        ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one of "),
+        ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one "
+         "with --train-set NAME (training) or --sets NAME (evaluation), or check --data"),
         # a benchmark that is not packed yet is no typing error of a similar name
         ("shards/imagenet-v2", "{root}/shards has the sets imagenet-train, imagenet-val; pack "
-         "imagenet-v2 too (docs/data.md), or name other sets"),
+         "imagenet-v2 too (docs/data.md), or name one with --train-set NAME"),
         ("imagenet-val", "{root}/shards has the sets imagenet-train, imagenet-val; did you mean "
          "--data {root}/shards?"),
         ("shards/imagenet-train/imagenet-train", "{root}/shards/imagenet-train is a packed set "
@@ -80,7 +81,9 @@ def test_a_root_with_many_folders(tmp_path):
         (tmp_path / f"{number:03d}").mkdir()
         (tmp_path / f"{number:03d}" / "manifest.json").write_text("{}")
     assert len(packed_sets(str(tmp_path))) == LOOKED_AT
-    with pytest.raises(ValueError, match=f"and {LOOKED_AT - SHOWN} more; name one of them"):
+    with pytest.raises(
+        ValueError, match=f"and {LOOKED_AT - SHOWN} more; name one with --train-set NAME"
+    ):
         Manifest.load(f"{tmp_path}/x")
 
 
