@@ -50,7 +50,8 @@ def open_store(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
+        hint = urls.installation(url) if isinstance(error, ImportError) else ""
+        raise ValueError(f"cannot open {url!r}: {reason(error)}{hint}") from error
 
 
 def require_local(path: str | Path, option: str) -> None:
