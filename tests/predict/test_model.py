@@ -310,5 +310,5 @@ def test_the_lines_of_the_readme_run(home, tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - a page of our own
     assert capsys.readouterr().out.split()[0] in names["model"].class_names
-    assert names["features_NE"].shape == (1, 16)
-    assert names["relevance_NGG"].shape == (1, 4, 4)
+    assert names["features"].shape == (1, 16)
+    assert names["relevance"].shape == (1, 4, 4)
