@@ -82,7 +82,7 @@ def require_file(path: Path, what: str) -> None:
     try:
         local.require_regular(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no {what} at {path}") from None
+        raise ValueError(f"no {what} at {path}: it does not exist") from None
 
 
 def join(url: str, *names: str) -> str:

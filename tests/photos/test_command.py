@@ -136,8 +136,8 @@ def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refu
     before = made(out)
     line = refused(command, *words(root, out, "--epochs", 3, "--seed", 1))
     assert line == (
-        f"error: {out} was made with --epochs 1 --seed 0: pass the same options, or choose another "
-        "--out"
+        f"error: {out} was made with --epochs 1 --seed 0 (given or the default): pass the same "
+        "options, or choose another --out"
     )
     more = shutil.copytree(root, tmp_path / "more")
     write(more, [6, 0], first=130)

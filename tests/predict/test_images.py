@@ -25,7 +25,8 @@ def test_a_folder_is_searched_at_any_depth_and_sorted(tmp_path):
     touch(tmp_path, "b.JPG", "a/2.png", "a/10.webp", "a/b/c/d.jpeg", "z.jpg")
     found = find_images([tmp_path])
     assert listed(tmp_path, found) == ["a/10.webp", "a/2.png", "a/b/c/d.jpeg", "b.JPG", "z.jpg"]
-    assert not (found.refused or found.others)
+    assert not found.refused
+    assert not found.others
     assert not found.passed
 
 
@@ -35,7 +36,8 @@ def test_what_packing_passes_over_is_passed_over_and_counted(tmp_path):
     found = find_images([tmp_path], ["*.mov"])
     assert listed(tmp_path, found) == ["a.jpg"]
     assert found.passed == {"@eaDir": 1, ".*": 1, "Thumbs.db": 1, "thumbs": 1, "*.mov": 2}
-    assert not (found.refused or found.others)
+    assert not found.refused
+    assert not found.others
 
 
 def test_other_files_in_a_folder_are_listed_and_named_ones_are_tried(tmp_path):

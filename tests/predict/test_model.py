@@ -143,7 +143,7 @@ def test_relevance_is_the_methods_own(home, model):
 def test_classes_that_are_none_are_refused(home, model):
     paths = images_of(home)[:2]
     for classes, message in (
-        (["red", "rde"], "no class is named 'rde'"),
+        (["red", "rde"], r"no class is named 'rde'; did you mean 'red'\?"),
         ([0, 4], "no class has label 4; labels go from 0 to 3"),
         ([0, -1], "no class has label -1; labels go from 0 to 3"),
         (["red"], "1 classes were given for a different number of images"),

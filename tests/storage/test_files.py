@@ -58,7 +58,12 @@ def test_a_result_names_the_commit_of_this_checkout():
 
 @pytest.mark.parametrize(
     ("url", "extra"),
-    [("s3a://b/x", "s3"), ("gs://b/x", "gcs"), ("abfs://c/x", "azure"), ("hf://datasets/a/b", "hub")],
+    [
+        ("s3a://b/x", "s3"),
+        ("gs://b/x", "gcs"),
+        ("abfs://c/x", "azure"),
+        ("hf://datasets/a/b", "hub"),
+    ],
 )
 def test_a_missing_client_is_named_with_its_extra(monkeypatch, url, extra):
     def missing(_: str) -> None:
