@@ -114,7 +114,7 @@ def import_weights(arguments: Import) -> None:
         cli.say(f"already imported: {out}")
         return
     if reached := unfinished(Path(arguments.file)):
-        log.warning(f"{arguments.file} is of a run that has not finished training ({reached})")
+        log.warning(f"{arguments.file} belongs to a run that has not finished training ({reached})")
     state = _with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = _classes_of_head(found, manifest, arguments)

@@ -422,8 +422,8 @@ def _reason(made: choice.Choice) -> str:
     """Format why a model was chosen, which may not be the best one on the test photos."""
     correct = next(one.correct for one in made.candidates if one.path == made.chosen)
     return (
-        f"{correct:,} of {made.images:,} held-out photos, the most of {len(made.candidates)} models "
-        "(docs/photos.md); test photos are not used to choose"
+        f"{correct:,} of {made.images:,} held-out photos, the most of {len(made.candidates)} "
+        "models; test photos are not used to choose"
     )
 
 

@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST, PLAN
 from rft.storage import files
 from rft.storage.urls import set_name
 
 LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
+CHOOSE = "name one with --train-set NAME (training) or --sets NAME (evaluation), or check --data"
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
@@ -50,10 +52,12 @@ def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
     # the plan is written first and the manifest last
     if PLAN in files.names(url):
-        return "packing has not finished; rerun the same command of tools/"
+        return "packing has not finished; rerun the same command"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "name one of them or check --data"
+        hint = f"did you mean {close[0]!r}?" if close else CHOOSE
+        if name in BENCHMARKS:  # no typing error
+            hint = f"pack {name} too (docs/data.md), or {CHOOSE}"
         return f"{root} has the sets {_listed(found)}; {hint}"
     # --data is one level too deep
     if files.exists(files.join(root, MANIFEST)):

@@ -102,8 +102,8 @@ def test_two_classes_end_in_a_report_and_an_export(two):
         f"chosen: {Path(choice['chosen']).name}",
         f"report: {out}/report/index.html",
         f"model:  {out}/model",
-        f"choice: {most} of 20 held-out photos, the most of 5 models (docs/photos.md); test photos "
-        "are not used to choose",
+        f"choice: {most} of 20 held-out photos, the most of 5 models; test photos are not used to "
+        "choose",
         f"next: python -m rft.predict {out}/model NEW_PHOTOS --html page.html --cam",
         "  (NEW_PHOTOS: image files, or folders that hold some)",
     ]
