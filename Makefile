@@ -21,6 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 $(VENV)/.installed: pyproject.toml requirements/$(LOCK).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: rft needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
+	@echo "installing rft and its developer packages into $(VENV): a few minutes" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q --require-hashes -r requirements/$(LOCK).txt
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .

@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import groupby, takewhile
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -248,9 +248,11 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
             print_help(only_shown(text, shown) if shown else text)
             raise
         sections = _sections(complaint.getvalue())
+        first = next(sections, [])
         # the option is named in its own line already
-        text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(next(sections, [])))
+        text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(first))
         if text.startswith("Missing"):
+            text = _missing(first)
             # tyro reports missing arguments first, but an unknown option is the likelier mistake
             kinds = [*takewhile(lambda word: not word.startswith("-"), words)]
             _require_known_options(given, kinds, kind, options)
@@ -264,6 +266,15 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         ]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         raise ValueError(f"{text}{hint} (see --help)") from None
+
+
+def _missing(lines: Sequence[str]) -> str:
+    """Reword tyro's list of missing arguments: for each a line with its name, and lines of help."""
+    end, words = "(required)", []
+    for before, line in pairwise(lines):
+        is_name = before is lines[0] or before.endswith(end)
+        words.append(f"{line}:" if is_name else line.replace(f". {end}", ";"))
+    return f"missing: {' '.join(words)}".rstrip(";")
 
 
 def _boxes() -> io.TextIOWrapper:

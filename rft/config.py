@@ -345,7 +345,7 @@ class LogConfig:
     image_steps: Whole = 500
     """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
     wandb: str = ""
-    """Also log to this Weights & Biases project; empty for none (pip install -e '.[wandb]')."""
+    """Also log to this Weights & Biases project; empty for none (pip install '.[wandb]')."""
 
 
 @document(name="cluster")

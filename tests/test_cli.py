@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.tiny_world import environment
 from rft import cli, commands, dist
+from rft.convert import command as convert_command
+from rft.predict import command as predict_command
 from tests.tiny import unstamped
 
 
@@ -243,3 +245,13 @@ def test_a_mistake_is_silent_only_where_another_rank_prints_it(
     with pytest.raises(SystemExit):
         cli.run(fail, ranks=ranks)
     assert bool(capsys.readouterr().err) == (not (quiet and ranks))
+
+
+def test_missing_arguments_are_named_with_their_help(refused):
+    line = refused(predict_command)
+    assert line.startswith("error: missing: RUN: Run folder, weights file ")
+    assert "required" not in line
+    line = refused(convert_command, "export")
+    assert "error: missing: PATH: Run folder (its selected model" in line
+    assert "file; --to {open-clip," in line
+    assert line.endswith("file to write (see --help)")

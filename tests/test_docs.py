@@ -80,7 +80,7 @@ def test_pages_that_messages_name_exist():
 SECTIONS = (
     "Install",
     "Your own photos",
-    "Five lines of Python",
+    "From Python",
     "The demo",
     "ImageNet",
     "Paper and citation",

@@ -25,11 +25,15 @@ PAUSE = 1.0  # between tries
 SERVER_ERRORS = 500  # HTTP: from here on errors may be temporary, below they are final
 
 
+class UnreachableError(ValueError):
+    """A file that is neither in the cache nor available from the hub."""
+
+
 def fetch_tag(tag: Mapping[str, Any]) -> Path:
     """Fetch the weights file of an open_clip tag, by its entry in open_clip's list.
 
     Raises:
-        ValueError: as for `fetch`.
+        UnreachableError: as for `fetch`.
     """
     repo, _, name = str(tag.get("hf_hub", "")).rpartition("/")
     return fetch(repo, name) if repo else Path(download_pretrained(dict(tag)))
@@ -39,8 +43,8 @@ def fetch(repo: str, name: str = "") -> Path:
     """Fetch a file of a model on the hub, by default its weights.
 
     Raises:
-        ValueError: if it is neither in the cache nor available from the hub; the error's notes list
-            ways that work without a network.
+        UnreachableError: if it is neither in the cache nor available from the hub; the error's
+            notes list ways that work without a network.
     """
     name = name or HF_WEIGHTS_NAME
     # open_clip prefers safetensors to a pickle
@@ -56,9 +60,11 @@ def fetch(repo: str, name: str = "") -> Path:
         raise _unreachable(repo, name, files.reason(error)) from error
 
 
-def _unreachable(repo: str, name: str, reason: str) -> ValueError:
+def _unreachable(repo: str, name: str, reason: str) -> UnreachableError:
     where = constants.ENDPOINT
-    error = ValueError(f"cannot get {name} of {repo} from {where}: {reason}; without the hub, use")
+    error = UnreachableError(
+        f"cannot get {name} of {repo} from {where}: {reason}; without the hub, use"
+    )
     download = f"hf download {repo} --include 'open_clip_*'"
     for way in (
         f"a cache: on another machine `{download}`, copy its ~/.cache/huggingface to this machine, "

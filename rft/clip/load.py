@@ -95,6 +95,20 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
     return loaded
 
 
+def download(config: ModelConfig) -> None:
+    """Download the weights of a pre-trained CLIP, unless they are on this machine.
+
+    Raises:
+        rft.clip.hub.UnreachableError: if they cannot be downloaded.
+    """
+    if config.clip.startswith(HUB):
+        hub.fetch(config.clip.removeprefix(HUB))
+    elif not names_folder(config.clip) and (
+        tag := open_clip.get_pretrained_cfg(config.clip, config.pretrained)
+    ):
+        hub.fetch_tag(tag)
+
+
 def load_file(path: Path, clip: str) -> PretrainedClip:
     """Load a weights file with both towers into the model named `clip`.
 

@@ -53,7 +53,7 @@ class Export:
     (README.md).
 
     onnx: a file (.onnx) of image tower and head. Input are RGB images as bytes (N, 3, size, size),
-    resized and cropped; output are logits. It needs `pip install 'rft-clip[onnx]'`.
+    resized and cropped; output are logits. It needs `pip install '.[onnx]'` in rft's clone.
 
     released: a checkpoint (.pt) of the code released with the paper.
 

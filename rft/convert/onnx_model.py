@@ -29,7 +29,9 @@ def require_packages() -> None:
         ValueError: with the command that installs it.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--to onnx needs {' and '.join(missing)}: pip install 'rft-clip[onnx]'")
+        raise ValueError(
+            f"--to onnx needs {' and '.join(missing)}; in rft's clone: pip install '.[onnx]'"
+        )
 
 
 def to_bytes(

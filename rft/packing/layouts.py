@@ -69,13 +69,11 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
     else:
         places = _places(known, source)
         if not places:
-            tried = ", ".join(known.folders)
-            raise ValueError(
-                f"no folder of {known.name} in {source}; looked for: {tried} "
-                f"(docs/data.md#from-the-official-archives)"
-            )
+            raise _no_folder(known, source)
         root = places[0]
         if dataset == "objectnet":
+            if root == source and not (root / "images").is_dir():
+                raise _no_folder(known, source)
             groups_of = objectnet_groups(root / "mappings", len(labels))
             root = root / "images"
             # any member of the group may be the label: scoring only uses the group
@@ -84,7 +82,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             _require_all(root, present, list(class_of))
             groups = tuple(groups_of.values())
         elif known.class_list is not None:  # published for some of the classes
-            present = class_folders(root)
+            present = _present(known, root, source, class_of)
             published = published_classes(dataset, labels)
             if published is not None:
                 class_of = {name: class_of[name] for name in published}
@@ -95,7 +93,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             # folders are class ids; sorted as text, 10 would come before 2
             if dataset == "imagenet-v2":
                 class_of = {str(class_id): class_id for class_id in range(len(labels))}
-            present = class_folders(root)
+            present = _present(known, root, source, class_of)
             _require_same(root, present, class_of)
         listing = _list_folders(root, present, links, "class folders")
     return Source(
@@ -131,6 +129,26 @@ def _described(dataset: str) -> ImageSet:
 
 def _places(known: ImageSet, source: Path) -> list[Path]:
     return [source / name for name in known.folders if (source / name).is_dir()]
+
+
+def _present(known: ImageSet, root: Path, source: Path, class_of: Mapping[str, int]) -> list[str]:
+    """List the class folders of a benchmark.
+
+    Raises:
+        ValueError: also if they would lie in the source itself and none has a class's name; the
+            folders there are then other data sets.
+    """
+    present = class_folders(root)
+    if root == source and not any(composed(name) in class_of for name in present):
+        raise _no_folder(known, source)
+    return present
+
+
+def _no_folder(known: ImageSet, source: Path) -> ValueError:
+    return ValueError(
+        f"no folder of {known.name} in {source}; looked for: {', '.join(known.folders)} "
+        "(docs/data.md#from-the-official-archives)"
+    )
 
 
 def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links: Links) -> Listing:

@@ -17,7 +17,8 @@ import torch
 import tyro
 
 from rft import cli, recipes, small, stages
-from rft.clip.load import MINIATURE, hub_config
+from rft.clip.hub import UnreachableError
+from rft.clip.load import MINIATURE, download, hub_config
 from rft.config import Config, Device, ModelConfig
 from rft.loading.dataset import PackedDataset
 from rft.packing.commands import folder
@@ -95,18 +96,27 @@ class Arguments:
     """How many photos may be left out because they cannot be decoded."""
     device: Device = "auto"
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print a summary of the photos and the stages with estimated times, without running them."""
+    """Print a summary of the photos and the stages with estimated times, without running them.
+    The times need CLIP's weights, which are downloaded if they are missing."""
     example: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Try the command without photos and without a download: draws 304 photos of the miniature
     world into OUT/photos and uses the tiny CLIP that comes with rft."""
 
 
 def main() -> None:
-    """Parse, read the photos, print the plan, run its stages."""
+    """Parse, draw the example's photos, plan and run."""
     arguments = cli.parse(Arguments, prog="rft.photos")
-    began = time.perf_counter()
     _require_folder(arguments.out)
-    arguments = _with_photos(arguments)
+    if arguments.example and arguments.dry_run:  # writes nothing to OUT
+        with tempfile.TemporaryDirectory() as folder:
+            _plan_and_run(_with_photos(arguments, Path(folder)))
+    else:
+        _plan_and_run(_with_photos(arguments, arguments.out))
+
+
+def _plan_and_run(arguments: Arguments) -> None:
+    """Read the photos, print the plan, run its stages."""
+    began = time.perf_counter()
     assert arguments.folder is not None
     source, out = arguments.folder, arguments.out
     require_apart([source], str(out), ("shards", "runs", "report", "model"))
@@ -133,9 +143,12 @@ def main() -> None:
     known = task.choice.exists() or not held_out
     coming = [*before, *plan.end(task, _chosen(task, held_out) if known else task.run(ZERO_SHOT))]
     done = {stage.name for stage in coming if plan.is_done(task, stage)}
-    times: dict[str, float] = {}
+    times: dict[str, float] | None = {}
     how = "all but the last are already done"
-    if len(done) < len(coming) - 1:  # every call makes the report
+    if arguments.dry_run and (unreachable := _unreachable(first)):
+        times, how = None, "without times, which need the weights"
+        log.warning(unreachable, extra={"lines": unreachable.__notes__})
+    elif len(done) < len(coming) - 1:  # every call makes the report
         times = plan.seconds(sizes(photos, first), _rates(task, configs, photos))
         how = "with times estimated from rates just measured on this machine"
     print(f"\nstages, {how}:")
@@ -248,8 +261,17 @@ def without_held_out(config: Config, size: small.Size) -> list[str]:
     return lines
 
 
-def _with_photos(arguments: Arguments) -> Arguments:
-    """Draw the example's photos, or check that a folder was named."""
+def _unreachable(config: Config) -> UnreachableError | None:
+    """Download missing weights; return the error if that fails."""
+    try:
+        download(config.model)
+    except UnreachableError as error:
+        return error
+    return None
+
+
+def _with_photos(arguments: Arguments, place: Path) -> Arguments:
+    """Draw the example's photos into a folder of `place`, or check that a folder was named."""
     if not arguments.example:
         if arguments.folder is None:
             hint = taken_for_name(arguments.ignore)
@@ -260,7 +282,7 @@ def _with_photos(arguments: Arguments) -> Arguments:
         return arguments
     if arguments.folder is not None:
         raise ValueError(f"--example draws its own photos; leave {arguments.folder} out")
-    source = arguments.out / "photos"
+    source = place / "photos"
     write_example(source)
     return replace(
         arguments, folder=source, clip=MINIATURE, pretrained="", classes=str(source) + ".json"
@@ -411,12 +433,23 @@ def _chosen(task: Task, held_out: int) -> Path:
     return Path(choice.read(task.choice).chosen)
 
 
+def _reason(made: choice.Choice) -> str:
+    """Format why a model was chosen, which may not be the best one on the test photos."""
+    correct = next(one.correct for one in made.candidates if one.path == made.chosen)
+    return (
+        f"{correct:,} of {made.images:,} held-out photos, the most of {len(made.candidates)} "
+        "models; test photos are not used to choose"
+    )
+
+
 def _say_end(task: Task, chosen: Path, held_out: int, seconds: float) -> None:
     """Print the paths of the results, and commands to use the model or to export a better one."""
     print(f"\ndone in {about(seconds).removeprefix('about ')}")
     cli.say(f"{'chosen' if held_out else BY_DEFAULT}: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")
     cli.say(f"model:  {task.model}")
+    if task.choice.exists():
+        cli.say(f"choice: {_reason(choice.read(task.choice))}")
     words = ["-m", "rft.predict", task.model, YOURS, "--html", "page.html", "--cam"]
     unknown = {YOURS: "image files, or folders that hold some"}
     cli.say_next(cli.next_step(words, unknown=unknown))

@@ -231,9 +231,11 @@ def is_done(task: Task, stage: Stage) -> bool:
 
 
 def table(
-    times: Mapping[str, float], stages: Sequence[Stage], done: Collection[str] = ()
+    times: Mapping[str, float] | None, stages: Sequence[Stage], done: Collection[str] = ()
 ) -> list[str]:
-    """Format one line for each stage, and the total of those that are not done."""
+    """Format one line for each stage, and the total of those that are not done; None: no times."""
+    if times is None:
+        return [f"  {one.name:32}{'done' if one.name in done else ''}".rstrip() for one in stages]
     left = {one.name: times.get(one.name, 0.0) for one in stages if one.name not in done}
     lines = [
         f"  {one.name:32}{about(left[one.name]) if one.name in left else 'done'}" for one in stages

@@ -74,7 +74,8 @@ def agree(out: Path, now: MadeFrom) -> None:
     if options:
         words = " ".join(f"{name} {value}" for name, value in options.items() if value)
         raise ValueError(
-            f"{out} was made with {words}: pass the same options, or choose another --out"
+            f"{out} was made with {words} (given or the default): pass the same options, or choose "
+            "another --out"
         )
     changes = []
     if before.classes != now.classes:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
@@ -18,7 +18,7 @@ from rft.config import MAX_PIXELS, Device
 from rft.evaluate.forward import TOGETHER
 from rft.log import ASIDE
 from rft.packing.names import Patterns, named, patterns_of, taken_for_name
-from rft.predict.images import Found, find_images, read_squares
+from rft.predict.images import Found, find_images, no_images, read_squares
 from rft.predict.model import Model, Prediction, load, require_model
 from rft.predict.page import SHOWN, START, Shown, render, shown
 from rft.progress import progress
@@ -68,6 +68,14 @@ class Arguments:
     device: Device = "auto"
 
 
+class Unread(NamedTuple):
+    """Files that were not read."""
+
+    count: int
+    lines: list[str]
+    """Their errors; files without an image's suffix share lines."""
+
+
 def main() -> None:
     """Parse, check, predict; write the files last."""
     arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
@@ -75,16 +83,25 @@ def main() -> None:
     found = find_images(arguments.images, patterns_of(arguments.ignore))
     # outputs of an earlier call may lie in the folder of the images
     own = {path.resolve() for path in (arguments.out, arguments.html) if path is not None}
-    for path in [path for path in found.refused if path.resolve() in own]:
-        del found.refused[path]
+    others = {
+        pattern: left
+        for pattern, paths in found.others.items()
+        if (left := [path for path in paths if path.resolve() not in own])
+    }
+    found = found._replace(others=others)
     check(arguments, found)
     model = load(arguments.model, device=arguments.device, max_pixels=arguments.max_pixels)
-    predicted, drawn, refused = predict(model, found, arguments)
+    predicted, drawn, unread = predict(model, found, arguments)
     if not predicted:
-        raise ValueError(f"none of {len(refused):,} images could be read; first: {refused[0]}")
-    written = write(model, predicted, drawn, refused, arguments)
-    say(model, predicted, found, refused, written)
-    sys.exit(1 if refused else 0)
+        first = unread.lines[0]
+        raise ValueError(
+            f"none of {unread.count:,} files could be read; first: {first}"
+            if unread.count > 1
+            else first
+        )
+    written = write(model, predicted, drawn, unread, arguments)
+    say(model, predicted, found, unread, written)
+    sys.exit(1 if unread.count else 0)
 
 
 def check(arguments: Arguments, found: Found) -> None:
@@ -96,7 +113,7 @@ def check(arguments: Arguments, found: Found) -> None:
     if not arguments.images:
         hint = taken_for_name(arguments.ignore)
         raise ValueError(f"name at least one image, or a folder of images{hint}")
-    if not found.paths and not found.refused:
+    if not (found.paths or found.refused or found.others):
         raise ValueError(f"{arguments.images[0]} holds no images")
     if arguments.cam and arguments.html is None:
         raise ValueError("--cam draws on the page; name one with --html")
@@ -122,8 +139,8 @@ def _begins(path: Path, start: bytes) -> bool:
 
 def predict(
     model: Model, found: Found, arguments: Arguments
-) -> tuple[list[tuple[str, Prediction]], list[Shown], list[str]]:
-    """Predict all images: (path, prediction) pairs, the page's images, and errors of the others."""
+) -> tuple[list[tuple[str, Prediction]], list[Shown], Unread]:
+    """Predict all images: (path, prediction) pairs, the page's images, and the unread files."""
     paths = [str(path) for path in found.paths]
     refused = dict(found.refused)
     predicted: list[tuple[str, Prediction]] = []
@@ -158,14 +175,18 @@ def predict(
             done = squares.numbers[-1] + 1
         if done < len(paths):  # the last images could not be read
             advance(len(paths) - done)
-    return predicted, drawn, [refused[path] for path in sorted(refused)]
+    count = len(refused) + sum(map(len, found.others.values()))
+    lines = refused | {
+        min(paths): no_images(pattern, paths) for pattern, paths in found.others.items()
+    }
+    return predicted, drawn, Unread(count, [lines[path] for path in sorted(lines)])
 
 
 def write(
     model: Model,
     predicted: Sequence[tuple[str, Prediction]],
     drawn: Sequence[Shown],
-    refused: Sequence[str],
+    unread: Unread,
     arguments: Arguments,
 ) -> list[Path]:
     """Write the files that the command line names, each completely or not at all; return them."""
@@ -175,7 +196,7 @@ def write(
         files.write_bytes(str(out), csv_text(predicted, top).encode())
         written.append(out)
     if (html := arguments.html) is not None:
-        page = render(model, drawn, len(predicted), _bounded(refused))
+        page = render(model, drawn, len(predicted), _bounded(unread.lines))
         files.write_bytes(str(html), page)
         written.append(html)
     return written
@@ -197,7 +218,7 @@ def say(
     model: Model,
     predicted: Sequence[tuple[str, Prediction]],
     found: Found,
-    refused: Sequence[str],
+    unread: Unread,
     written: Sequence[Path],
 ) -> None:
     """Print the predictions, unless they were written to a file, and a summary; warn of errors."""
@@ -214,9 +235,9 @@ def say(
         lines.append(f"skipped by name: {', '.join(counts)}")
     lines += [f"written: {plain(str(path))}" for path in written]
     cli.say("\n".join(lines))
-    if refused:
-        count = f"{len(refused):,} file{'s' if refused[1:] else ''} not read:"
-        below = [f"  {plain(line)}" for line in _bounded(refused)]
+    if unread.count:
+        count = f"{unread.count:,} file{'s' if unread.count > 1 else ''} not read:"
+        below = [f"  {plain(line)}" for line in _bounded(unread.lines)]
         log.warning(count, extra={"lines": below})
 
 
@@ -231,6 +252,6 @@ def _scale(model: Model) -> str:
     return f"at temperature {model.temperature:.3g}, fitted on held-out images"
 
 
-def _bounded(refused: Sequence[str]) -> list[str]:
-    more = [f"... and {len(refused) - LINES:,} more"] if len(refused) > LINES else []
-    return [*refused[:LINES], *more]
+def _bounded(lines: Sequence[str]) -> list[str]:
+    more = [f"... and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
+    return [*lines[:LINES], *more]

@@ -49,7 +49,9 @@ class Found(NamedTuple):
 
     paths: list[Path]
     refused: dict[Path, str]
-    """Files that are not images and unreadable folders; each reason starts with the path."""
+    """Unreadable folders; each reason starts with the path."""
+    others: dict[str, list[Path]]
+    """Files without an image's suffix, by the pattern that skips them."""
     passed: Counter[str]
     """Counts of skipped files and folders, by the name or pattern that they matched."""
 
@@ -58,11 +60,11 @@ def find_images(named: Sequence[Path], ignore: Sequence[str] = ()) -> Found:
     """List the given files, and the files in the given folders, at any depth.
 
     A file counts once. In folders, the names that packing skips are skipped, and those that match
-    one of the patterns `ignore`. A file there without an image's suffix is refused, because it
-    could be a photo in a different format. Files that are named directly are identified by their
+    one of the patterns `ignore`. A file there without an image's suffix counts as unread, because
+    it could be a photo in a different format. Files that are named directly are identified by their
     bytes.
     """
-    found = Found([], {}, Counter())
+    found = Found([], {}, {}, Counter())
     for path in named:
         if path.is_dir():
             _list_folder(path, ignore, found)
@@ -92,16 +94,22 @@ def _list_folder(folder: Path, ignore: Sequence[str], found: Found) -> None:
             if has_image_suffix(path.name):
                 images.append(path)
             else:
-                found.refused[path] = _no_image(path)
+                pattern = f"*{path.suffix.lower()}" if path.suffix else path.name
+                found.others.setdefault(pattern, []).append(path)
     found.paths.extend(sorted(images))
 
 
-def _no_image(path: Path) -> str:
+def no_images(pattern: str, paths: Sequence[Path]) -> str:
+    """Describe files without an image's suffix that one pattern skips."""
     known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
-    pattern = f"*{path.suffix.lower()}" if path.suffix else path.name
+    first = min(paths)
+    if not paths[1:]:
+        what, them = f"{first} does", "it"
+    else:
+        what, them = f"{first} and {len(paths) - 1:,} more like {pattern} do", "them"
     return (
-        f"{path} does not have an image's suffix ({known}); convert it, or skip it with --ignore "
-        f"'{pattern}'"
+        f"{what} not have an image's suffix ({known}); convert {them}, or skip {them} with "
+        f"--ignore '{pattern}'"
     )
 
 

@@ -10,6 +10,7 @@ Shapes: N images, B of them in one forward, K classes, E features, G patches alo
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -183,8 +184,13 @@ class Model:
                 if known.count(name) == 1:
                     return known.index(name)
             several = name in (*self.class_ids, *self.class_names)
-            what = "several classes are named" if several else "no class is named"
-            raise ValueError(f"{self.where}: {what} {name!r}; pass its label instead")
+            if several:
+                raise ValueError(
+                    f"{self.where}: several classes are named {name!r}; pass its label"
+                )
+            close = get_close_matches(name, [*self.class_ids, *self.class_names], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "pass its label instead"
+            raise ValueError(f"{self.where}: no class is named {name!r}; {hint}")
         if not 0 <= name < len(self.classes):
             raise ValueError(
                 f"{self.where}: no class has label {name}; labels go from 0 to "

@@ -53,7 +53,8 @@ def open_store(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
+        hint = urls.installation(url) if isinstance(error, ImportError) else ""
+        raise ValueError(f"cannot open {url!r}: {reason(error)}{hint}") from error
 
 
 def require_local(path: str | Path, option: str) -> None:
@@ -84,7 +85,7 @@ def require_file(path: Path, what: str) -> None:
     try:
         local.require_regular(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no {what} at {path}{_did_you_mean(path)}") from None
+        raise ValueError(f"no {what} at {path}: it does not exist{_did_you_mean(path)}") from None
 
 
 def _did_you_mean(path: Path) -> str:

@@ -54,6 +54,8 @@ INSTEAD = {
     "az": "the client reads AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
     "hf": "the client reads HF_TOKEN or the login of `hf auth login`",
 }
+# rft's extra that installs the client
+EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure", "hf": "hub"}
 # protocols that share a client, and so its advice
 OWNER = {"https": "http", "s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
@@ -251,6 +253,13 @@ def _plain(name: str) -> str:
     for _ in range(UNQUOTED):
         name = unicodedata.normalize("NFKC", unquote(name)).strip()
     return name
+
+
+def installation(url: str) -> str:
+    """Describe how to install the client of a URL's protocol, as the end of a message."""
+    protocol, _ = _split(url)
+    extra = EXTRAS.get(OWNER.get(protocol, protocol))
+    return f"; in rft's clone: pip install '.[{extra}]'" if extra else ""
 
 
 def shown(url: str) -> str:

@@ -123,6 +123,10 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     files.require_local(config.run, "--run-dir")
     files.require_local(config.loader.cache_dir, "--loader.cache-dir")
     files.require_local(config.loader.features_dir, "--loader.features-dir")
+    if command.dry_run and not config.data:
+        raise ValueError(
+            "--dry-run needs --data; without --data, rft train first draws the miniature world"
+        )
     if not config.data and config.scale != SMALL:
         raise ValueError(
             "--data is missing; name the folder or URL of the packed sets (docs/data.md)"

@@ -43,7 +43,7 @@ def require_packages(config: Config) -> None:
         importlib.metadata.version("wandb")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            "--log.wandb needs the package wandb: pip install -e '.[wandb]'"
+            "--log.wandb needs the package wandb; in rft's clone: pip install '.[wandb]'"
         ) from error
 
 

@@ -74,7 +74,7 @@ def test_the_export_of_a_run(convert, refused, run, tmp_path, monkeypatch):
     assert "its name must end in .onnx" in line
     monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "no_such_package"))
     line = refused("export", run, "--to", "onnx", "--out", tmp_path / "m2.onnx")
-    assert "needs no_such_package: pip install 'rft-clip[onnx]'" in line
+    assert "needs no_such_package; in rft's clone: pip install '.[onnx]'" in line
 
 
 def test_weights_beyond_what_protobuf_holds(monkeypatch):

@@ -277,6 +277,16 @@ def test_objectnet_groups_and_unmapped_folders(tmp_path: Path) -> None:
         ("imagenet-r", ["README.txt"], "holds no class folders"),
         ("imagenet-v2", ["0/a.jpeg", "01/b.jpeg", "2/c.jpeg"], "unknown class: '01'"),
         ("objectnet", ["images/clock/a.png"], "no such file: .*folder_to_objectnet_label"),
+        # folders of other sets where the benchmark's should be
+        (
+            "imagenet-v2",
+            ["imagenet/n01/a.jpg"],
+            "no folder of imagenet-v2 .*; looked for: imagenet",
+        ),
+        ("imagenet-r", ["r/n01/a.jpg"], "no folder of imagenet-r .*; looked for: imagenet-r, "),
+        ("imagenet-sketch", ["imagenet-r/n01/a.jpg"], "no folder of imagenet-sketch .*; looked"),
+        ("objectnet", ["imagenet-r/n01/a.jpg"], "no folder of objectnet .*; looked for: objectnet"),
+        ("objectnet", ["objectnet/mappings/a.csv"], "no such file: .*folder_to_objectnet_label"),
         ("imagenet-x", [], "did you mean 'imagenet-"),
     ],
 )

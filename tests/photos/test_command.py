@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.servers.loopback import ADDRESS, free_port
 from benchmarks.tiny_world import environment
 from rft.packing.own_folder import read_folder
 from rft.photos import command, plan, record
@@ -99,10 +100,13 @@ def test_two_classes_end_in_a_report_and_an_export(two):
     assert card["classes"] == ["red bricks zero", "red bricks one"]
     page = (out / "report" / "index.html").read_text()
     assert "Classes and mistakes" in page
-    assert result.stdout.splitlines()[-5:] == [
+    most = max(counts.values())
+    assert result.stdout.splitlines()[-6:] == [
         f"chosen: {Path(choice['chosen']).name}",
         f"report: {out}/report/index.html",
         f"model:  {out}/model",
+        f"choice: {most} of 20 held-out photos, the most of 5 models; test photos are not used to "
+        "choose",
         f"next: python -m rft.predict {out}/model NEW_PHOTOS --html page.html --cam",
         "  (NEW_PHOTOS: image files, or folders that hold some)",
     ]
@@ -135,8 +139,8 @@ def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refu
     before = made(out)
     line = refused(command, *words(root, out, "--epochs", 3, "--seed", 1))
     assert line == (
-        f"error: {out} was made with --epochs 1 --seed 0: pass the same options, or choose another "
-        "--out"
+        f"error: {out} was made with --epochs 1 --seed 0 (given or the default): pass the same "
+        "options, or choose another --out"
     )
     more = shutil.copytree(root, tmp_path / "more")
     write(more, [6, 0], first=130)
@@ -217,6 +221,36 @@ def test_nested_folders_belong_to_their_class(tmp_path):
     assert "30 photos of 2 classes; 24 to train on, 6 to test with" in text
     assert re.search(r"^  train object-mask-single-fill +(about|a few)", text, re.M)
     assert "nothing was started (--dry-run)" in text
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_example_writes_nothing(tmp_path):
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
+    words = ("--example", "--out", str(out), "--dry-run")
+    result = tiny.torchrun(1, "rft.photos", *words, TMPDIR=str(temporary))
+    assert result.returncode == 0, result.stderr
+    assert "304 photos of 16 classes" in result.stdout
+    assert not out.exists()
+    assert not any(temporary.iterdir())
+
+
+@pytest.mark.slow
+def test_a_dry_run_without_the_weights_has_no_times(tmp_path):
+    root, out = write(tmp_path / "photos", [4, 4]), tmp_path / "out"
+    words = (str(root), "--out", str(out), "--dry-run")
+    hub = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": f"http://{ADDRESS}:{free_port()}"}
+    result = tiny.torchrun(1, "rft.photos", *words, **hub)
+    assert result.returncode == 0, result.stderr
+    assert "cannot get open_clip_" in result.stderr
+    assert "HF_HOME" in result.stderr
+    assert "stages, without times, which need the weights:\n  pack\n  train" in result.stdout
+    assert "nothing was started (--dry-run)" in result.stdout
+    assert not out.exists()
+    # a tag that does not exist is a mistake
+    result = tiny.torchrun(1, "rft.photos", *words, "--model.pretrained", "none", **hub)
+    assert result.returncode != 0
+    assert "'none' is neither a weights tag" in result.stderr
 
 
 @pytest.mark.slow

@@ -206,11 +206,25 @@ def test_a_long_list_of_what_cannot_be_read_is_cut(predict, folder):
     assert errors[-1].strip() == "... and 5 more"
 
 
+def test_files_without_an_images_suffix_share_a_line(predict, folder):
+    for number in range(command.LINES + 5):
+        (folder / f"{number:02d}.json").touch()
+    (folder / "a.TXT").touch()
+    code, _, errors = predict(folder)
+    assert code == 1
+    assert errors[0].endswith(f"{command.LINES + 6} files not read:")
+    more = command.LINES + 4
+    assert errors[1].startswith(f"  {folder}/00.json and {more} more like *.json do not have an ")
+    assert errors[1].endswith("convert them, or skip them with --ignore '*.json'")
+    assert errors[2].endswith("convert it, or skip it with --ignore '*.txt'")
+    assert len(errors) == 3
+
+
 def test_nothing_is_written_where_nothing_was_read(predict, folder, tmp_path):
     (tmp_path / "bad.jpg").touch()
     code, _, errors = predict(tmp_path / "bad.jpg", "--out", tmp_path / "p.csv")
     assert (code, len(errors)) == (2, 1)
-    assert errors[0].startswith("error: none of 1 images could be read; first: ")
+    assert errors[0].startswith(f"error: {tmp_path}/bad.jpg ")
     assert not (tmp_path / "p.csv").exists()
 
 
@@ -269,4 +283,4 @@ def test_there_must_be_something_to_read(home, tmp_path, refused):
     assert "no weights at" in refused(command, tmp_path / "none", __file__)
     (tmp_path / "model").mkdir()
     line = refused(command, tmp_path / "models", __file__)
-    assert line.endswith(f"no weights at {tmp_path}/models; did you mean {tmp_path}/model?")
+    assert line.endswith(f"no weights at {tmp_path}/models: it does not exist; did you mean {tmp_path}/model?")

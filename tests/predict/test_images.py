@@ -26,6 +26,7 @@ def test_a_folder_is_searched_at_any_depth_and_sorted(tmp_path):
     found = find_images([tmp_path])
     assert listed(tmp_path, found) == ["a/10.webp", "a/2.png", "a/b/c/d.jpeg", "b.JPG", "z.jpg"]
     assert not found.refused
+    assert not found.others
     assert not found.passed
 
 
@@ -36,15 +37,14 @@ def test_what_packing_passes_over_is_passed_over_and_counted(tmp_path):
     assert listed(tmp_path, found) == ["a.jpg"]
     assert found.passed == {"@eaDir": 1, ".*": 1, "Thumbs.db": 1, "thumbs": 1, "*.mov": 2}
     assert not found.refused
+    assert not found.others
 
 
-def test_other_files_in_a_folder_are_refused_and_named_ones_are_tried(tmp_path):
+def test_other_files_in_a_folder_are_listed_and_named_ones_are_tried(tmp_path):
     touch(tmp_path, "a.jpg", "b.HEIC", "sub/README")
     found = find_images([tmp_path])
     assert listed(tmp_path, found) == ["a.jpg"]
-    assert sorted(found.refused) == [tmp_path / "b.HEIC", tmp_path / "sub" / "README"]
-    assert "skip it with --ignore '*.heic'" in found.refused[tmp_path / "b.HEIC"]
-    assert "skip it with --ignore 'README'" in found.refused[tmp_path / "sub" / "README"]
+    assert found.others == {"*.heic": [tmp_path / "b.HEIC"], "README": [tmp_path / "sub/README"]}
     named = find_images([tmp_path / "b.HEIC", tmp_path / "none.jpg"])
     assert listed(tmp_path, named) == ["b.HEIC", "none.jpg"]
 

@@ -143,7 +143,7 @@ def test_relevance_is_the_methods_own(home, model):
 def test_classes_that_are_none_are_refused(home, model):
     paths = images_of(home)[:2]
     for classes, message in (
-        (["red", "rde"], "no class is named 'rde'"),
+        (["red", "rde"], r"no class is named 'rde'; did you mean 'red'\?"),
         ([0, 4], "no class has label 4; labels go from 0 to 3"),
         ([0, -1], "no class has label -1; labels go from 0 to 3"),
         (["red"], "1 classes were given for a different number of images"),
@@ -310,5 +310,5 @@ def test_the_lines_of_the_readme_run(home, tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - a page of our own
     assert capsys.readouterr().out.split()[0] in names["model"].class_names
-    assert names["features_NE"].shape == (1, 16)
-    assert names["relevance_NGG"].shape == (1, 4, 4)
+    assert names["features"].shape == (1, 16)
+    assert names["relevance"].shape == (1, 4, 4)

@@ -100,7 +100,7 @@ def use_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 @contextlib.contextmanager
 def object_store(folder: Path) -> Iterator[ObjectStore]:
     """Run an S3 server (monitor, storage daemon and gateway) in the empty folder `folder`."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'rft[s3]')")
+    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install '.[s3]')")
     paths = {name: program(name, package) for name, package in PROGRAMS.items()}
     mon_v2, mon_v1, port = free_port(), free_port(), free_port()
     fsid, log = str(uuid.uuid4()), folder / "output.log"

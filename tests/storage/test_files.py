@@ -54,3 +54,24 @@ def test_a_result_names_the_commit_of_this_checkout():
     if not (Path(__file__).parents[2] / ".git").exists():
         pytest.skip("not a checkout")
     assert files.provenance()["git"] == files.git_revision() is not None
+
+
+@pytest.mark.parametrize(
+    ("url", "extra"),
+    [
+        ("s3a://b/x", "s3"),
+        ("gs://b/x", "gcs"),
+        ("abfs://c/x", "azure"),
+        ("hf://datasets/a/b", "hub"),
+    ],
+)
+def test_a_missing_client_is_named_with_its_extra(monkeypatch, url, extra):
+    def missing(_: str) -> None:
+        raise ImportError("Install the client")
+
+    monkeypatch.setattr(files.fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ValueError, match=r"client; in rft's clone: pip install '\.") as found:
+        files.open_store(url)
+    assert str(found.value).endswith(f"pip install '.[{extra}]'")
+    with pytest.raises(ValueError, match=r"Install the client$"):
+        files.open_store("https://host/x")

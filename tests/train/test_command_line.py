@@ -78,6 +78,13 @@ def test_no_run_folder(refused):
     assert "--run-dir is missing" in line
 
 
+def test_a_dry_run_draws_no_world(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options in ((), ("--run-dir", "run"), ("--scale", "miniature")):
+        assert "--dry-run needs --data" in refused(train_command, "vanilla", *options, "--dry-run")
+    assert not any(tmp_path.iterdir())
+
+
 def test_no_data_there(refused, tmp_path):
     run = tmp_path / "run"
     line = refused(train_command, "vanilla", "--data", tmp_path / "none", "--run-dir", run)

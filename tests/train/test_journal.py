@@ -186,5 +186,5 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     require_packages(configuration(tmp_path))
-    with pytest.raises(ValueError, match=r"--log.wandb .*: pip install -e '\.\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"--log.wandb .*: pip install '\.\[wandb\]'"):
         require_packages(configuration(tmp_path, wandb="project"))

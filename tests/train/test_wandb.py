@@ -24,7 +24,7 @@ from rft.train.journal import Journal, Wandb, require_packages
 from tests import tiny
 from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
 
-wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
+wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
 Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
 
 
