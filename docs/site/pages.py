@@ -41,6 +41,7 @@ NAVIGATION = {
     "Project": {
         "docs/architecture.md": "Architecture",
         "docs/decisions.md": "Decisions",
+        "docs/trials.md": "Trials",
         "docs/security.md": "Security",
         "CHANGELOG.md": "Changelog",
     },
