@@ -371,5 +371,5 @@ def _temperature(path: Path, sha256: str) -> float | None:
                 "evaluate it again with --temperature"
             )
     # the card's hash was compared when the weights were read
-    own = card.read(path / weights.CARD if path.is_dir() else path.with_name(f"{path.name}.json"))
+    own = card.read(weights.card_path(path))
     return own.temperature if own else None
