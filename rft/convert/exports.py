@@ -53,8 +53,8 @@ class Export:
     (head.safetensors), load.py, which classifies with open_clip alone, and a page about the model
     (README.md).
 
-    onnx: a file (.onnx) of image tower and head. Input are RGB images as bytes (N, 3, size, size),
-    resized and cropped; output are logits. It needs `pip install 'rft-clip[onnx]'`.
+    onnx: a file (.onnx) of image tower and head. The input is RGB images as bytes (N, 3, size,
+    size), resized and cropped; the output is logits. It needs `pip install 'rft-clip[onnx]'`.
 
     released: a checkpoint (.pt) of the code released with the paper.
 

@@ -94,7 +94,10 @@ def import_weights(arguments: Import) -> None:
     manifest = None
     if arguments.data:
         # a wrong URL fails here, before gigabytes of weights are read
-        manifest = Manifest.load(files.join(arguments.data, arguments.packed))
+        try:
+            manifest = Manifest.load(files.join(arguments.data, arguments.packed))
+        except ValueError as error:
+            raise ValueError(f"--set {arguments.packed}: {error}") from error
     found = _find(arguments.file, arguments.clip)
     config: dict[str, Any] = {
         "recipe": arguments.recipe,
@@ -180,7 +183,7 @@ def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
         named = load.architecture_of(clip)
         return dataclasses.replace(named, mean=own.mean, std=own.std) if own else named
     if own is None:
-        names = ", ".join(load.names_of(read)) or "none that open_clip knows"
+        names = ", ".join(load.names_of(read)) or "none that open_clip or rft knows"
         raise ValueError(
             f"{path} does not name its model ({read.geometry}); add --clip NAME; models of this "
             f"shape: {names}"
@@ -198,7 +201,7 @@ def _with_head(found: Found, manifest: Manifest | None, arguments: Import) -> di
     if manifest is None:
         raise ValueError(
             f"{file} has no classification head; its text tower makes one from the class names of "
-            "a packed set: --data URL [--set imagenet-val]"
+            "a packed set: --data URL [--set SET]"
         )
     text_tower.require_named(found.text.clip, "--clip", arguments.clip, file)
     clip = load.load_clip(found.text)

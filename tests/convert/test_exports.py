@@ -316,6 +316,13 @@ def test_the_same_run_by_a_different_path_is_the_same_export(
     assert "holds a different export: seed: 0 -> 5; choose another --out" in line
 
 
+def test_an_export_of_an_export_names_its_run(convert, refused, run, tmp_path, openai):
+    hub = ("--to", "open-clip", "--out", tmp_path / "hub", "--text", openai)
+    convert("export", run, *hub)
+    line = refused("export", tmp_path / "hub", "--to", "onnx", "--out", tmp_path / "m.onnx")
+    assert line.endswith(f"{tmp_path / 'hub'} is an export; name its run: {run}")
+
+
 def test_an_edited_card_is_kept(convert, refused, run, tmp_path, openai, capsys):
     out = tmp_path / "hub"
     command = ("export", run, "--to", "open-clip", "--out", out, "--text", openai)

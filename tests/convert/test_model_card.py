@@ -232,6 +232,11 @@ def test_a_licence_that_is_not_known_is_unknown(base, licence):
     assert "- Training images: unknown to rft." in text
 
 
+def test_the_licence_of_the_included_model_is_rfts():
+    text = described(architecture=dataclasses.replace(ARCHITECTURE, clip="rft-miniature"))
+    assert "- Pre-trained weights (rft-miniature): Apache-2.0." in text
+
+
 @pytest.mark.parametrize(
     ("text", "clip", "pretrained", "base"),
     [
