@@ -115,9 +115,8 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
         return []
     first = min(renamed)
     return [
-        f"{where} and {other_where} name {len(renamed)} of {len(one)} classes differently (first: "
-        f"class {first}, {one.text_of(first)} and {other.text_of(first)}); assuming they are the "
-        "same"
+        f"{where} and {other_where} name {len(renamed)} of {len(one)} classes differently "
+        f"(first: {one.text_of(first)} and {other.text_of(first)}); assumed equal"
     ]
 
 

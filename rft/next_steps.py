@@ -1,5 +1,6 @@
 """The commands that follow a training, a merge, an evaluation or a report, ready to paste."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rft.runs import filenames, records
 from rft.runs.folder import read_results
 from rft.sets import BENCHMARKS, TEST_SETS, TRAIN_SET
 from rft.shards.folder import MANIFEST
+from rft.shards.root import packed_sets
 from rft.storage import files
 
 
@@ -26,11 +28,13 @@ def evaluation(
     words: list[object] = ["-m", "rft.evaluate", *models, "--data", data or "DATA"]
     unknown = {} if data else {"DATA": "folder or URL below which the packed sets lie"}
     tests = test_sets(data, train_set)
+    # of other names than expected
+    tests = tests or _other_sets(data, train_set)
     # those are rft.evaluate's default
     if tests != TEST_SETS:
         words += ["--sets", *(tests or ["SET"])]
     if not tests:
-        unknown["SET"] = "packed set of test images; none was found in the data root"
+        unknown["SET"] = "packed set of test images; no set but the training set was found"
     return cli.next_step(words, ranks=ranks, unknown=unknown)
 
 
@@ -48,6 +52,13 @@ def test_sets(data: str, train_set: str) -> tuple[str, ...]:
         return tuple(name for name in known if files.exists(files.join(data, name, MANIFEST)))
     except (OSError, ValueError):  # e.g. missing credentials, or the network is down
         return known
+
+
+def _other_sets(data: str, train_set: str) -> tuple[str, ...]:
+    """List the sets of a data root besides the training set; none if the store cannot list them."""
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(name for name in packed_sets(data) if name not in (train_set, TRAIN_SET))
+    return ()
 
 
 def report(runs: Sequence[Path], data: str) -> str:

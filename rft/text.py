@@ -60,6 +60,11 @@ def short(value: object) -> str:
     return _cut(ascii(value), VALUE_LETTERS)
 
 
+def counted(number: int, what: str) -> str:
+    """Format a number of things: `1 shard`, `1,024 shards`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def to_ascii(text: str) -> str:
     """Escape everything but ASCII: for tables that must be writable in any encoding."""
     return ascii(text)[1:-1]

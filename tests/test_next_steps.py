@@ -93,7 +93,12 @@ def test_sets_are_those_of_the_data_root(tmp_path, tiny_data):
     assert commands.test_sets(str(tiny_data), "imagenet-train") == SETS
     assert commands.test_sets("", "imagenet-train") == TEST_SETS
     assert commands.test_sets("s3://***@bucket", "imagenet-train") == TEST_SETS
-    line, note = commands.evaluation([tmp_path], str(tiny_data), "mine").splitlines()
+    # other sets of any name are listed
+    line = commands.evaluation([tmp_path], str(tiny_data), "mine")
+    assert line.endswith(f" --sets {' '.join(sorted(SETS))}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    line, note = commands.evaluation([tmp_path], str(tmp_path), "mine").splitlines()
     assert line.endswith(" --sets SET")
     assert note.startswith("  (SET: ")
     (tmp_path / "test").mkdir()

@@ -81,7 +81,7 @@ def test_imagenet(world: Path, tmp_path: Path, run: Callable[..., Result]) -> No
     arguments = ["--source", str(world / "imagenet"), "--out", str(tmp_path / "out")]
     code, out, err = run("shard_imagenet", *arguments, "--encoding", "pixels", "--size", "16")
     assert (code, err) == (0, "")
-    assert "imagenet-train: 2 samples in 1 shards" in out
+    assert "imagenet-train: 2 samples in 1 shard, " in out
     assert f"\nnext: python -m rft.train object-mask-single-fill --data {tmp_path / 'out'} " in out
     for name in ("imagenet-train", "imagenet-val"):
         assert Manifest.load(str(tmp_path / "out" / name)).samples == 2

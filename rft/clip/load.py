@@ -288,7 +288,7 @@ def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
     text = hub_config(clip).model_cfg["text_cfg"]
     known = text.get("vocab_size", CLIPTextCfg().vocab_size)
     if vocabulary := vocabulary_of(clip):
-        return WordTokenizer(_words(vocabulary, known), context_length)
+        return WordTokenizer(_words(vocabulary, known), context_length, str(vocabulary))
     tokenizer = open_clip.get_tokenizer(clip)
 
     def tokenize(texts: list[str]) -> Tensor:
@@ -404,9 +404,10 @@ class WordTokenizer:
     open_clip reads the text feature at the largest token id, so that must be the end token.
     """
 
-    def __init__(self, words: Sequence[str], context_length: int) -> None:
+    def __init__(self, words: Sequence[str], context_length: int, source: str = VOCABULARY) -> None:
         self._ids = {word: number for number, word in enumerate(words) if word}
         self._context_length = context_length
+        self._source = source  # file of the words, for messages
 
     def __call__(self, texts: Sequence[str] | str) -> Tensor:
         """Tokenize texts, int64 (len(texts), context length).
@@ -424,7 +425,7 @@ class WordTokenizer:
                     f"this tiny CLIP knows only {len(self._ids)} words, and {unknown[0]!r} of "
                     f"{text!r} is not one; it is for rft's own examples: name a different "
                     "--model.clip, or give classes and templates of its words with --classes "
-                    f"({VOCABULARY} lists them, such as {', '.join(sorted(self._ids)[-6:-1])})"
+                    f"({self._source} lists them, such as {', '.join(sorted(self._ids)[-6:-1])})"
                 )
             ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
             if len(ids) > self._context_length:

@@ -94,10 +94,7 @@ def import_weights(arguments: Import) -> None:
     manifest = None
     if arguments.data:
         # a wrong URL fails here, before gigabytes of weights are read
-        try:
-            manifest = Manifest.load(files.join(arguments.data, arguments.packed))
-        except ValueError as error:
-            raise ValueError(f"--set {arguments.packed}: {error}") from error
+        manifest = Manifest.load(files.join(arguments.data, arguments.packed))
     found = _find(arguments.file, arguments.clip)
     config: dict[str, Any] = {
         "recipe": arguments.recipe,
@@ -117,7 +114,7 @@ def import_weights(arguments: Import) -> None:
         cli.say(f"already imported: {out}")
         return
     if reached := unfinished(Path(arguments.file)):
-        log.warning(f"{arguments.file} is of a run that has not finished training ({reached})")
+        log.warning(f"{arguments.file} belongs to a run that has not finished training ({reached})")
     state = _with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = _classes_of_head(found, manifest, arguments)

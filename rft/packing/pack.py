@@ -49,7 +49,7 @@ from rft.shards.ranges import cut
 from rft.shards.samples import Samples
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
-from rft.text import printable
+from rft.text import counted, printable
 
 ALGORITHM = 2  # part of the plan: raise it when the order, the cut or the members change
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
@@ -174,8 +174,9 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     names = f"{', '.join(bad[:NAMED_IN_ERRORS])}{', ...' if len(bad) > NAMED_IN_ERRORS else ''}"
     left_out = f", {len(bad):,} left out: {names} ({files.join(url, QUARANTINE)})" if bad else ""
     log.info(
-        f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {url}{left_out}"
+        f"{source.dataset}: {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')}, {max(total / 2**20, 0.1):,.1f} MiB at "
+        f"{url}{left_out}"
     )
     if source.photos:
         turned = sum(commit.statistics.turned for commit in commits)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from rft.classes import Classes, composed
 from rft.config import MAX_PIXELS
@@ -99,6 +100,14 @@ class RecordedPlan:
     ood: bool = False
 
 
+@document(config=FOREIGN)
+class LeftOut:
+    """A line of quarantine.jsonl: a sample of a third-party shard that has no row in the index."""
+
+    shard: Text
+    path: Text
+
+
 class Row(NamedTuple):
     """A row of the index as Python values (see `rft.shards.index.Index`)."""
 
@@ -117,7 +126,8 @@ class Check:
 
     `size` is the size that the store reports, in bytes. `index` has only the rows of this shard,
     and `source` the same rows of samples.npz, which older sets lack. `ids_known` is whether the
-    rule has the classes' ids, which older manifests lack.
+    rule has the classes' ids, which older manifests lack. `left_out` are keys
+    without a row.
     """
 
     shard: Shard
@@ -128,6 +138,7 @@ class Check:
     encoding: dict[str, Any]
     rule: Rule
     ids_known: bool
+    left_out: frozenset[str] = frozenset()
 
 
 def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX_PIXELS) -> Report:
@@ -142,8 +153,9 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
     report.shards, report.samples = len(manifest.shards), manifest.samples
     report.bytes = sum(shard.bytes for shard in manifest.shards)
     plan = _read_plan(url, manifest, report)
+    left_out = set()
     if manifest.quarantined:
-        _check_quarantine(url, manifest, report)
+        left_out = _check_quarantine(url, manifest, plan, report)
     try:
         index = Index.read(url, manifest)
     except ValueError as error:
@@ -155,7 +167,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
         report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
         report.problems += check_index(manifest, index)
     samples = _read_samples(url, manifest, report)
-    checks = _check_sizes(manifest, index, samples, plan, max_pixels, report)
+    checks = _check_sizes(manifest, index, samples, plan, max_pixels, report, left_out)
     if not deep:
         return report
     names = {shard.sha256: shard.name for shard in manifest.shards}
@@ -179,16 +191,25 @@ def _read_samples(url: str, manifest: Manifest, report: Report) -> Samples | Non
         return None
 
 
-def _check_quarantine(url: str, manifest: Manifest, report: Report) -> None:
+def _check_quarantine(
+    url: str, manifest: Manifest, plan: RecordedPlan, report: Report
+) -> set[tuple[str, str]]:
+    """Compare the list's length with the manifest; return shard and key of each sample left out.
+
+    A packer's shards do not have the images that it left out.
+    """
+    path = files.join(url, QUARANTINE)
     try:
-        data = files.find_bytes(files.join(url, QUARANTINE))
+        lines = (files.find_bytes(path) or b"").splitlines()
+        left_out = [documents.decode(line, LeftOut, path) for line in lines if plan.shards]
     except ValueError as error:
         report.add(str(error))
-        return
-    if (listed := len((data or b"").splitlines())) != manifest.quarantined:
+        return set()
+    if (listed := len(lines)) != manifest.quarantined:
         report.add(
             f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
         )
+    return {(one.shard, one.path) for one in left_out}
 
 
 def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
@@ -263,7 +284,7 @@ def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Probl
             differences += _check_members(stream, members.get(row.key, {}), row, check)
         for what in differences:
             yield Problem(shard=name, key=row.key, offset=row.offset, what=what)
-    for key in sorted(members.keys() - {row.key for row in rows}):
+    for key in sorted(members.keys() - {row.key for row in rows} - check.left_out):
         first = next(iter(members[key].values()))
         names = ", ".join(member.name for member in members[key].values())
         what = f"the index does not list {names}"
@@ -351,7 +372,7 @@ def _check_payload(stream: IO[bytes], row: Row, source: int | None, check: Check
             if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
                 yield "the payload is not an array of pixels of the set's size"
         else:
-            image = load_image(data, "the payload", payload.treatment, max_pixels)
+            image = _load(data, check)
             side = encoding.get("size")
             size = (row.width, row.height) if payload.is_source else (side, side)
             if image.size != size:
@@ -361,6 +382,16 @@ def _check_payload(stream: IO[bytes], row: Row, source: int | None, check: Check
                 yield "its hash in samples.npz is of a different image"
     except ValueError as error:
         yield str(error)
+
+
+def _load(data: bytes, check: Check) -> Image.Image:
+    payload = payload_of(check.encoding)
+    try:
+        return load_image(data, "the payload", payload.treatment, check.rule.max_pixels)
+    except ValueError as error:
+        # its crc32 is right: the image was stored like this
+        hint = "pack or index the set again with --max-bad N, which leaves such images out"
+        raise ValueError(f"{error}; {hint}") from error
 
 
 def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
@@ -417,6 +448,7 @@ def _check_sizes(
     plan: RecordedPlan,
     max_pixels: float,
     report: Report,
+    left_out: set[tuple[str, str]],
 ) -> list[Check]:
     """Report shards that are absent or have a different size; return the checks of the others."""
     note_other_stores(report.url, manifest)
@@ -455,6 +487,7 @@ def _check_sizes(
             encoding=manifest.encoding,
             rule=rule,
             ids_known=bool(manifest.class_ids),
+            left_out=frozenset(key for name, key in left_out if name == shard.name),
         )
         checks.append(check)
     return checks

@@ -10,6 +10,10 @@ from rft.storage.urls import set_name
 
 LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
+CHOOSE = (
+    "name one with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), "
+    "or check --data"
+)
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
@@ -50,10 +54,10 @@ def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
     # the plan is written first and the manifest last
     if PLAN in files.names(url):
-        return "packing has not finished; rerun the same command of tools/"
+        return "packing has not finished; rerun the same command"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "name one of them or check --data"
+        hint = f"did you mean {close[0]!r}?" if close else CHOOSE
         return f"{root} has the sets {_listed(found)}; {hint}"
     # --data is one level too deep
     if files.exists(files.join(root, MANIFEST)):

@@ -191,6 +191,14 @@ def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
     return data
 
 
+def is_answered(error: ValueError) -> bool:
+    """Whether a request of this module failed by an answer that a retry would not change."""
+    cause = error.__cause__
+    if isinstance(cause, remote.Failure):
+        cause = cause.__cause__
+    return cause is None or not remote.is_transient(cause)
+
+
 def reason(error: BaseException) -> str:
     """Describe a client's error on one line, without credentials.
 

@@ -166,7 +166,9 @@ def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, t
     assert "no weights at" in line
     assert "laion2b_s34b_b79k" in line
     line = refused("import", released, *out, "--clip", formats.NAME, "--data", tmp_path)
-    assert "--set imagenet-val: no packed dataset at" in line
+    assert "no packed dataset at" in line
+    known = ("--clip", formats.NAME, "--data", tiny_data, "--set", "unlike-all")
+    assert "or --set NAME (others), or check --data" in refused("import", released, *out, *known)
     line = refused("import", released, *out, "--clip", formats.NAME, "--recipe", "a\x1bb")
     assert "import: recipe is " in line
     line = refused("import", released, "--out", "s3://bucket/run", "--clip", formats.NAME)

@@ -261,8 +261,14 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
     index_shards([url], out, LABELS, Options(label_field="class"))
     _, index, _ = check(out, [url])
     assert index.label.tolist() == [2, 0, 1, 1]
-    with pytest.raises(ValueError, match=r"no \.cls; name a field of its \.json with"):
+    hint = r"no \.cls; if its \.json has the class in 'class', pass --label-field class"
+    with pytest.raises(ValueError, match=hint):
         index_shards([url], str(tmp_path / "other"), LABELS, Options())
+    members = [(name, data.replace(b'"class"', b'"y"')) for name, data in members]
+    unusual = write_tar(tmp_path / "unusual.tar", members)
+    hint = r"no \.cls; name a field of its \.json with --label-field \(fields: caption, key, stat"
+    with pytest.raises(ValueError, match=hint):
+        index_shards([unusual], str(tmp_path / "other"), LABELS, Options())
     with pytest.raises(
         ValueError, match=r"no number or string 'label' \(fields: caption, class, key"
     ):
@@ -623,11 +629,11 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
     "unknown suffix": ([*plain("a", 0), ("a.pyd", b"x")], r"unknown suffix \.pyd of 'a\.pyd'"),
     "second picture": ([*plain("a", 0), ("a.seg.png", b"x")], r"--ignore seg\.png"),
     "array": ([("a.npy", b"x"), ("a.cls", b"0")], r"unknown suffix \.npy"),
-    "no image": ([*plain("a", 0), ("b.cls", b"0")], "'b' has no image"),
+    "no image": ([*plain("a", 0), ("b.cls", b"0")], "key 'b': no image"),
     "no label": ([*plain("a", 0), ("b.jpg", picture(1))], "key 'b': no label"),
     "two images": (
         [*plain("a", 0), ("a.png", picture(1, "PNG"))],
-        r"two images \(a\.jpg, a\.png\)",
+        r"2 images \(a\.jpg, a\.png\); drop all but one, such as the last with --ignore png",
     ),
     "same name twice": ([*plain("a", 0), *plain("a", 0)], "two members are named 'a.jpg'"),
     "same key twice": (
@@ -640,6 +646,12 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
         "label '-1' is not a class of the label space; positions count",
     ),
     "unknown name": (plain("a", "zebra"), "label 'zebra' is not a class"),
+    "separators": (plain("a", "Red_Fox"), "of the label space; did you mean 'n01'"),
+    "misspelt": (plain("a", "tod"), "of the label space; did you mean 'toad'"),
+    "dots in a key": (
+        plain("img.v1.0", 0),
+        r"unknown suffix \.v1\.0\.jpg of .*\); a key ends at the first dot .* is 'img'; rename",
+    ),
     "empty label": (plain("a", ""), "label '' is not a class"),
     "no text": ([("a.jpg", picture(0)), ("a.cls", b"\xff")], r"its \.cls is not readable"),
     "no image data": (
@@ -693,6 +705,109 @@ def test_bad_samples(tmp_path: Path, kind: str) -> None:
         index_shards([url], str(tmp_path / "out"), LABELS, Options())
     assert "bad.tar" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+BROKEN: Members = (
+    *plain("a", 0),
+    ("b.jpg", picture(1)),  # no label
+    ("c.cls", b"0"),  # no image
+    ("d.jpg", b""),
+    ("d.cls", b"0"),
+    ("e.jpg", picture(2)[:-300]),  # truncated
+    ("e.cls", b"0"),
+    *plain("f", 1, 3),
+)
+
+
+def test_broken_samples_are_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    write_tar(out / "0.tar", BROKEN)
+    write_tar(out / "1.tar", BROKEN[2:3])  # nothing remains of it
+    pattern = str(out / "{0..1}.tar")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"key 'b': no label: .*; --max-bad N leaves out up to N"):
+        index_shards([pattern], str(out), LABELS, Options())
+    for number in (3, 4):  # more than that in one shard, and in both
+        message = (
+            rf"more than {number} samples cannot be used \(first: key 'b': no label.*--max-bad"
+        )
+        with pytest.raises(ValueError, match=message):
+            index_shards([pattern], str(out), LABELS, Options(max_bad=number))
+    assert snapshot(tmp_path) == before
+    for number in (5, 9):  # a rerun changes nothing
+        manifest = index_shards([pattern], str(out), LABELS, Options(max_bad=number))
+        assert (manifest.samples, manifest.quarantined) == (2, 5)
+    assert (tmp_path / "set" / "0.tar").read_bytes() == before["set/0.tar"][0]
+    listed = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [(one["shard"], one["path"]) for one in listed] == [
+        *(("0.tar", key) for key in "bcde"),
+        ("1.tar", "b"),
+    ]
+    assert [one["reason"].split(";")[0] for one in listed[:2]] == [
+        "no label: it has no .cls",
+        "no image",
+    ]
+    assert str(tmp_path) not in (out / "quarantine.jsonl").read_text()
+    assert verify(str(out), deep=True, workers=1).problems == []
+    (out / "quarantine.jsonl").write_text(
+        (out / "quarantine.jsonl").read_text().replace('"c"', '"a"')
+    )
+    (problem,) = verify(str(out), deep=True, workers=1).problems
+    assert str(problem).startswith("0.tar, key 'c'")
+    data = PackedDataset(str(out))
+    assert [data.key(n) for n in range(len(data))] == ["a", "f"]
+
+    # without the option, images are not decoded: verification finds the truncated one
+    url = write_tar(tmp_path / "e.tar", BROKEN[6:])
+    index_shards([url], str(tmp_path / "other"), LABELS, Options())
+    (problem,) = verify(str(tmp_path / "other"), deep=True, workers=1).problems
+    assert "cannot be decoded" in problem.what
+    assert "--max-bad N, which leaves such images out" in problem.what
+
+
+def test_other_faults_are_not_left_out(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "0.tar", plain("a", 0) + plain("b", 7))
+    with pytest.raises(ValueError, match=r"label 7 is not one of the 3 classes$"):
+        index_shards([url], str(tmp_path / "out"), LABELS, Options(max_bad=9))
+
+
+def test_numbers_that_are_probably_not_imagenets(tmp_path: Path, capsys) -> None:
+    members = [member for n in range(4) for member in plain(f"k{n}", n, n)]
+    url = write_tar(tmp_path / "0.tar", members)
+    warned = "(0 is 'tench', 1 is 'goldfish', 2 is 'great white shark'), of which 4 occur; for"
+
+    def said(name: str, urls: Sequence[str], labels: LabelSpace, **options) -> bool:
+        index_shards(urls, str(tmp_path / name), labels, Options(**options))
+        return warned in capsys.readouterr().err
+
+    four = LabelSpace(ids=tuple("abcd"), names=tuple("wxyz"), templates=("a {c}.",))
+    assert said("mine", [url], IMAGENET)
+    assert not said("theirs", [url], four)
+    assert not said("imagenet-val", [url], IMAGENET, allow_count=("imagenet-val=4",))
+    ids = [member for n in range(4) for member in plain(f"k{n}", IMAGENET.ids[n], n)]
+    assert not said("ids", [write_tar(tmp_path / "1.tar", ids)], IMAGENET)
+    assert not said("spread", [write_tar(tmp_path / "2.tar", plain("z", 999))], IMAGENET)
+    (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in IMAGENET.ids[:4]))
+    assert not said("local", [url], IMAGENET, local_classes=str(tmp_path / "names.txt"))
+
+
+def test_different_options_are_refused_before_reading(tmp_path: Path, monkeypatch) -> None:
+    members = [*plain("a", 0), ("a.json", b'{"y": 0}'), ("a.txt", b"x")]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "set")
+    index_shards([url], out, LABELS, Options())
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("rft.packing.foreign.index.read_shard", None)
+    for labels, options, differs in (
+        (replace(LABELS, names=("x", "y", "z")), {}, "--classes"),
+        (LABELS, {"label_field": "y"}, "--label-field"),
+        (LABELS, {"ignore": ("txt",), "ood": True}, "--ignore and --ood"),
+        (LABELS, {"labels_are": "positions"}, "--labels-are"),
+        (LABELS, {"crop_border": 1, "dataset": "x"}, "--dataset and --crop-border"),
+    ):
+        message = f"already indexed with a different {differs}; delete its manifest.json or"
+        with pytest.raises(ValueError, match=message):
+            index_shards([url], out, labels, Options(**options))
+    assert snapshot(tmp_path) == before
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:
@@ -853,7 +968,8 @@ def test_keys_that_come_back_in_another_shard_are_told(tmp_path: Path, capsys) -
     for n in range(2):
         write_tar(tmp_path / f"{n}.tar", plain("a", n, n) + plain(f"b{n}", 0, n + 5))
     index_shards([str(tmp_path / "{0..1}.tar")], str(tmp_path), LABELS, Options())
-    assert "1 keys occur in more than one shard, such as 'a'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of the keys occur in more than one shard, such as 'a'; this is allowed" in said
     assert verify(str(tmp_path), deep=True, workers=1).problems == []
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from rft import cli
 from rft.loading.dataset import PackedDataset
+from rft.packing.commands.verify import say
 from rft.packing.foreign.index import index_shards
 from rft.packing.foreign.rule import Options as Reading
 from rft.packing.pack import Options, pack
@@ -599,3 +600,17 @@ def test_one_problem_is_no_problems(packed, monkeypatch, capsys) -> None:
     (packed / "manifest.json").unlink()
     assert run(monkeypatch, str(packed)) == 1
     assert "\n1 problem (quick check" in capsys.readouterr().out
+
+
+def test_a_moved_folder_is_no_page_of_lines(capsys) -> None:
+    absent = [Problem(what=f"no such shard: /x/{n}.tar", shard=f"{n}.tar") for n in range(9)]
+    other = Problem(what="damaged", shard="a.tar")
+    report = Report(url="x", deep=False, dataset="x", shards=10, samples=10, per_class=[1, 1])
+    report.problems = [*absent, other]
+    say(report)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "x: 10 samples in 10 shards, 0.1 MiB, 2 classes of 1 sample"
+    assert said[1:5] == [*map(str, absent[:3]), str(other)]
+    assert said[5] == "... and 6 more; --report FILE has them all"
+    assert said[6].startswith("absent: 9 of 10 shards; if they were moved, pack or index")
+    assert said[7].startswith("10 problems")

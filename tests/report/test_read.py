@@ -147,7 +147,7 @@ def test_recipes_may_have_other_sets(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("results.json", {"schema": 2}, "schema is 2; it must be 1, .*evaluate again"),
+        ("results.json", {"schema": 2}, "schema is 2; it must be 1; .*evaluate again"),
         ("results.json", {"sets": [1]}, "sets is .*; it must be an object"),
         (
             "results.json",

@@ -41,7 +41,9 @@ def root(tmp_path) -> Path:
     [
         ("shards/imagenet-w", "{root}/shards has the sets imagenet-train, imagenet-val; did you "
          "mean 'imagenet-val'?"),
-        ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one of "),
+        ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one "
+         "with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), or "
+         "check --data"),
         ("imagenet-val", "{root}/shards has the sets imagenet-train, imagenet-val; did you mean "
          "--data {root}/shards?"),
         ("shards/imagenet-train/imagenet-train", "{root}/shards/imagenet-train is a packed set "
@@ -77,7 +79,9 @@ def test_a_root_with_many_folders(tmp_path):
         (tmp_path / f"{number:03d}").mkdir()
         (tmp_path / f"{number:03d}" / "manifest.json").write_text("{}")
     assert len(packed_sets(str(tmp_path))) == LOOKED_AT
-    with pytest.raises(ValueError, match=f"and {LOOKED_AT - SHOWN} more; name one of them"):
+    with pytest.raises(
+        ValueError, match=f"and {LOOKED_AT - SHOWN} more; name one with --train-set NAME"
+    ):
         Manifest.load(f"{tmp_path}/x")
 
 

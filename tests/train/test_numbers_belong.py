@@ -454,7 +454,7 @@ def test_a_bare_weights_file_is_as_far_as_its_run(folder, tmp_path, monkeypatch,
 def test_weights_of_an_unfinished_run_are_warned_of(folder, tmp_path, capsys):
     start, run = folder / "zero-shot", folder / "vanilla"
     (run / "training.json").unlink()
-    said = f"WARNING: {run / SELECTED} is of a run that has not finished training (step "
+    said = f"WARNING: {run / SELECTED} belongs to a run that has not finished training (step "
     call(convert, "import", run / SELECTED, "--out", tmp_path / "imported")
     assert said in capsys.readouterr().err
     call(merge_command, "wise", start, run / SELECTED, "--out", tmp_path / "merged")

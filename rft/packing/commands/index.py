@@ -9,7 +9,10 @@ import tyro
 from rft import cli
 from rft.packing.foreign.index import index_shards
 from rft.packing.foreign.rule import Options
+from rft.shards.folder import QUARANTINE
 from rft.shards.label_space import choose_labels
+from rft.storage import files
+from rft.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,13 @@ def main() -> None:
     labels = choose_labels(command.classes)
     manifest = index_shards(command.shards, command.out, labels, command.reading)
     print(
-        f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
-        f"{len(manifest.groups)} classes scored; index at {command.out}"
+        f"{manifest.dataset}: {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')}, {len(manifest.groups)} classes scored; "
+        f"index at {command.out}"
     )
+    if manifest.quarantined:
+        listed = files.join(command.out, QUARANTINE)
+        print(f"{counted(manifest.quarantined, 'sample')} left out, listed in {listed}")
     # beside this file, whatever the working folder
     verify = Path(sys.argv[0]).with_name("verify_shards.py")
     cli.say_next(cli.next_step([verify, command.out, "--deep"]))

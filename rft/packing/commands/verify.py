@@ -10,13 +10,16 @@ from rich.console import Console
 
 from rft import cli
 from rft.config import MAX_PIXELS
+from rft.packing.foreign.samples import NO_SHARD
 from rft.packing.verify import Report, verify
 from rft.shards.folder import MANIFEST
 from rft.shards.root import packed_sets
 from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
+from rft.text import counted
 
 LINES = 50  # printed problems; the report file has all
+ABSENT = 3  # of them absent shards
 
 
 @document(name="--")
@@ -82,15 +85,25 @@ def say(report: Report) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if report.dataset:
         filled = [count for count in report.per_class if count]
-        spread = f" of {_range(filled)} samples" if filled else ""
+        spread = f" of {_range(filled)}" if filled else ""
         console.print(
-            f"{report.dataset}: {report.samples:,} samples in {report.shards:,} shards, "
-            f"{report.bytes / 2**20:,.1f} MiB, {len(filled):,} classes{spread}",
+            f"{report.dataset}: {counted(report.samples, 'sample')} in "
+            f"{counted(report.shards, 'shard')}, {max(report.bytes / 2**20, 0.1):,.1f} MiB, "
+            f"{len(filled):,} classes{spread}",
         )
-    for problem in report.problems[:LINES]:
+    absent = [problem for problem in report.problems if problem.what.startswith(NO_SHARD)]
+    # of a moved folder, all shards are absent
+    hidden = {id(problem) for problem in absent[ABSENT:]}
+    problems = [problem for problem in report.problems if id(problem) not in hidden]
+    for problem in problems[:LINES]:
         console.print(str(problem), style="red")
-    if len(report.problems) > LINES:
-        console.print(f"... and {len(report.problems) - LINES:,} more; --report FILE has them all")
+    if more := len(report.problems) - len(problems[:LINES]):
+        console.print(f"... and {more:,} more; --report FILE has them all")
+    if absent:
+        console.print(
+            f"absent: {len(absent):,} of {counted(report.shards, 'shard')}; if they were moved, "
+            f"pack or index the set again"
+        )
     depth = "every byte was read" if report.deep else "quick check; --deep reads every byte"
     if report.problems:
         what = "problems" if report.problems[1:] else "problem"
@@ -101,4 +114,4 @@ def say(report: Report) -> None:
 
 def _range(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return counted(low, "sample") if low == high else f"{low:,} to {high:,} samples"

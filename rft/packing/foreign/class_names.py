@@ -5,7 +5,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
-from rft.classes import composed
+from rft.classes import Classes, composed
 from rft.shards.label_space import LabelSpace
 
 
@@ -30,7 +30,7 @@ class Names:
         return sorted(exact or self._loose.get(loose_form(name), ()))
 
 
-def names_of(labels: LabelSpace) -> Names:
+def names_of(labels: LabelSpace | Classes) -> Names:
     """Build the lookup of class ids by folder names and class names."""
     pairs = enumerate(zip(labels.ids, labels.names, strict=True))
     return Names((text, class_id) for class_id, texts in pairs for text in texts)

@@ -2,30 +2,50 @@
 
 import json
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import IO, Any
 
 from rft.classes import composed
+from rft.packing.foreign.class_names import names_of
 from rft.packing.foreign.rule import Rule
-from rft.packing.foreign.samples import Sample, read_text
+from rft.packing.foreign.samples import BadSample, Sample, read_text
+from rft.shards.tar import Member
 
 POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # a position has no sign and no leading zeros
 LABEL_FIELDS = ("label", "class", "cls")  # fields of a .json that should agree with the .cls
 
 
-def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int:
-    """Read a sample's class id.
+def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int | str:
+    """Read a sample's label, for `resolve_label`.
 
     Raises:
-        ValueError: if it has no label, or the label is not a class.
+        ValueError: if it has no label.
     """
     wanted = rule.label_suffix
     if wanted not in sample.members:
         hint = ""
         if wanted == "cls" and "json" in sample.members:
-            hint = "; name a field of its .json with --label-field"
-        raise ValueError(f"{where}: no label: it has no .{wanted}{hint}")
-    label = parse_label(read_text(stream, sample.members[wanted], where), where, rule)
-    return resolve_label(label, where, rule)
+            hint = _field_hint(stream, sample.members["json"])
+        raise BadSample(f"{where}: no label: it has no .{wanted}{hint}")
+    return parse_label(read_text(stream, sample.members[wanted], where), where, rule)
+
+
+def _field_hint(stream: IO[bytes], member: Member) -> str:
+    """Name the --label-field for a sample without .cls, or the fields of its .json."""
+    try:
+        said = _fields(read_text(stream, member, "").decode("utf-8"))
+    except (ValueError, RecursionError):  # the hint is only about readable files
+        said = None
+    names = [name for name, _ in said or ()]
+    for usual in LABEL_FIELDS:
+        if usual in names:
+            return f"; if its .json has the class in {usual!r}, pass --label-field {usual}"
+    return f"; name a field of its .json with --label-field ({_listed(said)})"
+
+
+def _listed(said: Sequence[tuple[str, Any]] | None) -> str:
+    return f"fields: {', '.join(sorted({field for field, _ in said or ()})) or 'none'}"
 
 
 def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) -> str:
@@ -150,8 +170,17 @@ def _class_of_name(text: str, where: str, rule: Rule) -> int:
             hint = "; class numbers are integers"
         elif rule.labels_are != "names" and re.fullmatch(r"[+-]?[0-9]+", text):
             hint = "; positions count from 0, without sign or leading zeros"
+        elif not found:
+            hint = _spelling_hint(text, rule)
         raise ValueError(f"{where}: label {text[:80]!r} is {what}{hint}")
     return found[0]
+
+
+def _spelling_hint(text: str, rule: Rule) -> str:
+    known = names_of(rule.labels)
+    close = [rule.labels.ids[n] for n in known.find(text)] if rule.labels.ids else []
+    close = close or get_close_matches(text[:80], known.exact, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> int | str:
@@ -167,8 +196,7 @@ def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> in
             f"integers (0, 1, 2), or class names as strings"
         )
     if not isinstance(value, int | str):
-        known = ", ".join(sorted({field for field, _ in said or ()})) or "none"
-        raise ValueError(
-            f"{where}: no label: its .json has no number or string {name!r} (fields: {known})"
+        raise BadSample(
+            f"{where}: no label: its .json has no number or string {name!r} ({_listed(said)})"
         )
     return composed(value).strip() if isinstance(value, str) else value

@@ -24,7 +24,7 @@ from rft.sets import BENCHMARKS, ClassScore
 from rft.shards.images import Side
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
-from rft.storage.documents import Megapixels, Positive, document
+from rft.storage.documents import Megapixels, Positive, Whole, document
 
 LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # texts that could be mistaken for a position
 LabelsAre = Literal["positions", "names"]
@@ -66,6 +66,10 @@ class Options:
     """Suffixes of members to skip, such as seg.png."""
     allow_count: tuple[str, ...] = ()
     """SET=N: accept an incomplete copy of a benchmark with exactly N images."""
+    max_bad: Whole = 0
+    """How many samples of the set may be left out because they lack an image or a label, or the
+    image cannot be decoded; each is listed with its reason in quarantine.jsonl. Above 0, every
+    image is decoded, which takes longer."""
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it for panoramas."""
     workers: Positive | None = None
@@ -87,6 +91,7 @@ class Rule:
     labels_are: LabelsAre | None = None
     ignore: frozenset[str] = frozenset()
     crop_border: int = 0
+    max_bad: int = 0
     max_pixels: float = MAX_PIXELS
 
     @property
@@ -167,6 +172,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
         # users may write .JSON; suffixes of members are in lower case and without the dot
         ignore=frozenset(suffix.lower().lstrip(".") for suffix in options.ignore),
         crop_border=border,
+        max_bad=options.max_bad,
         max_pixels=options.max_pixels,
     )
 
@@ -354,6 +360,9 @@ def _find_beside(path: str, limit: int) -> bytes | None:
     try:
         return files.find_bytes(path, limit)
     except ValueError as error:
+        if not files.is_answered(error):
+            raise
+        # some stores do not report an absent file as such
         raise ValueError(f"{error}; if no such file exists, pass --skip-beside") from error
 
 

@@ -22,7 +22,12 @@ from rft.storage import files, local, remote
 
 PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # its `skip_meta`
 TEXT_BYTES = 2**20  # of a .cls or .json
+NO_SHARD = "no such shard"
 SIZE_THREADS = 16  # querying sizes is latency-bound
+
+
+class BadSample(ValueError):  # noqa: N818 - a sample is bad, the program is not
+    """A sample without image or label, or whose image is unreadable: `--max-bad` leaves it out."""
 
 
 class Sample(NamedTuple):
@@ -56,7 +61,7 @@ def shard_size(url: str) -> int:
     try:
         return files.size(url)
     except FileNotFoundError as error:
-        raise ValueError(f"no such shard: {url}") from error
+        raise ValueError(f"{NO_SHARD}: {url}") from error
     except IsADirectoryError as error:
         # a common mistake: suggest the pattern of the shards in the folder
         found, tars = "", [name for name in files.names(url) if name.endswith(".tar")]
@@ -91,7 +96,7 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
     try:
         stream = files.ask(url, "read", bring, local.reader)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"no such shard: {url}") from error
+        raise ValueError(f"{NO_SHARD}: {url}") from error
     with stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
