@@ -13,6 +13,11 @@ ALONE=(
     torchrun --local_addr 127.0.0.1
 )
 
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
 # Quote words as one shell line.
 quoted() {
     local word line=()
@@ -33,8 +38,7 @@ beginning_of() {
 # Fail unless a file can be renamed to NAME, as in rft/storage/local.py: a link is replaced, not followed.
 require_replaceable() {
     if [ -e "$1" ] && [ ! -f "$1" ] && [ ! -L "$1" ]; then
-        echo "error: $(quoted "$1") is not a regular file; remove it" >&2
-        exit 2
+        fail "$(quoted "$1") is not a regular file; remove it"
     fi
 }
 
@@ -43,8 +47,7 @@ require_own_logs() {
     local log
     for log in "$1"/job-*.log; do
         if [ -L "$log" ]; then
-            echo "error: $(quoted "$log") is a link, and logs are not written through links; remove it" >&2
-            exit 2
+            fail "$(quoted "$log") is a link, and logs are not written through links; remove it"
         fi
     done
 }
@@ -75,9 +78,43 @@ refuse_credentials() {
 }
 
 refuse_credential() {
-    echo "error: a URL here or in launch/cluster.env contains $1 and would be printed and recorded;" \
-        "remove it and export the variables that its client reads (docs/storage.md#credentials)" >&2
-    exit 2
+    fail "a URL here or in launch/cluster.env contains $1 and would be printed and recorded;" \
+        "remove it and export the variables that its client reads (docs/storage.md#credentials)"
+}
+
+# Fail unless setting NAME has a value that matches PATTERN, which the words after it describe.
+require_setting() {
+    local name=$1 pattern=$2
+    shift 2
+    [[ ${!name:-} =~ ^($pattern)$ ]] || fail "launch/cluster.env: $name must be $*"
+}
+
+# Load and check launch/cluster.env. Values are not printed, because they may be secret.
+load_settings() {
+    local name word words
+    [ -e launch/cluster.env ] || fail "copy launch/cluster.env.example to launch/cluster.env and edit it"
+    # shellcheck source=launch/cluster.env.example
+    source launch/cluster.env
+    require_setting TIME '.+' "the time limit of a job, such as 24:00:00"
+    require_setting GPUS_PER_NODE '([a-zA-Z][^:]*:)?(0|[1-9][0-9]*)' "a number; 0 for nodes without GPUs"
+    require_setting CPUS_PER_NODE '[1-9][0-9]*' "a number of at least 1"
+    require_setting PROCESSES_PER_NODE '[1-9][0-9]*' \
+        "the number of ranks per node, at least 1, also with GPUS_PER_NODE=0"
+    # without data, rft.train would use its miniature world
+    require_setting DATA '/.*|[^/]+://.+' "an absolute path or a URL"
+    require_setting RUNS '/.*' "an absolute path"
+    for name in SBATCH_OPTIONS CPU_OPTIONS TRAIN_OPTIONS TORCHRUN_OPTIONS; do
+        [[ $(declare -p "$name" 2>/dev/null) == "declare -a"* ]] ||
+            fail "launch/cluster.env: $name must be an array, such as $name=(--option value) or $name=()"
+        words="${name}[@]"
+        for word in "${!words}"; do
+            [[ ! $word =~ ^-[^=[:space:]]*[[:space:]] ]] ||
+                fail "launch/cluster.env: $name has an option and its value in one pair of quotes;" \
+                    "make them two words"
+        done
+    done
+    [ "$(type -t setup)" = function ] ||
+        fail "launch/cluster.env: the function setup is missing; copy it from launch/cluster.env.example"
 }
 
 # Print the value of option NAME among WORDS, as two words or with "="; nothing without the option.
@@ -160,10 +197,9 @@ require_own_code() {
         find "$to" -name __pycache__ -prune -exec rm -rf {} +
         return
     fi
-    echo "error: the code in $(quoted "$to") was not copied there by your launch/submit.sh, or has" \
+    fail "the code in $(quoted "$to") was not copied there by your launch/submit.sh, or has" \
         "changed since, and would run as you; remove it to use the code in $(quoted "$from"), or, if" \
-        "you trust that run folder, run its resubmit.sh" >&2
-    exit 2
+        "you trust that run folder, run its resubmit.sh"
 }
 
 # Copy the code FROM one folder TO another, atomically. An existing copy stays, so a run ends with the
@@ -196,33 +232,38 @@ snapshot() {
 }
 
 # Write FOLDER/resubmit.sh, which submits a job of KIND with sbatch OPTIONS and, after --, its arguments.
-# Arguments of resubmit.sh go to sbatch as well.
+# Arguments of resubmit.sh go to sbatch as well. A previous file with other options is kept beside it.
 leave_resubmit() {
-    local folder=$1 kind=$2 options=() new
+    local folder=$1 kind=$2 options=() new old=$1/resubmit.sh shown=${log//%[jA]/NUMBER}
     shift 2
     while [ "$1" != -- ]; do
         options+=("$1")
         shift
     done
     shift
-    require_replaceable "$folder/resubmit.sh"
     new=$(mktemp "$folder/resubmit.sh.XXXXXX")
     cat >"$new" <<END
 #!/usr/bin/env bash
 # Submits this job again, with the code beside this file.
 set -euo pipefail
 cd $(quoted "$folder/code")
+echo "log: $(quoted "$folder")/${shown//%a/*}" >&2
 exec sbatch $(quoted "${options[@]}") "\$@" launch/$kind.sbatch $(quoted "$@")
 END
     chmod "$(umask -S)" "$new"
-    mv -fT "$new" "$folder/resubmit.sh"
+    if [ -f "$old" ] && [ ! -L "$old" ] && ! cmp --quiet "$new" "$old"; then
+        mv -fT "$old" "$old.old"
+        echo "resubmit.sh has new options; the previous one is $(quoted "$old.old")" >&2
+    fi
+    mv -fT "$new" "$old"
 }
 
-# Set the array `options` to the sbatch options for a job of KIND with ARGUMENTS that logs to FOLDER.
-# Run it in the project folder.
+# Set the array `options` to the sbatch options for a job of KIND with ARGUMENTS that logs to FOLDER, and
+# `log` to the name of its log there. Run it in the project folder.
 set_options() {
-    local kind=$1 folder=$2 log="job-%j.log" gpus=$GPUS_PER_NODE
+    local kind=$1 folder=$2 gpus=$GPUS_PER_NODE
     shift 2
+    log="job-%j.log"
     case $kind in
         shard | sweep) log="job-%A-%a.log" ;;
     esac
@@ -241,23 +282,25 @@ begin() {
     # the signal may arrive at once, and without a trap it would kill this script
     asked=no
     trap 'asked=yes' USR1
-    # shellcheck source=launch/cluster.env.example
-    source launch/cluster.env
-    # module and virtualenv scripts often fail under bash -u
-    set +u
-    setup
-    set -u
     # the last job of an array has the array's own number, which would address all of its jobs
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
     attempt=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    echo "$(date '+%F %T') job $job, attempt ${SLURM_RESTART_COUNT:-0}"
+    load_settings
+    # module and virtualenv scripts often fail under bash -u
+    set +u
+    trap 'echo "error: setup in launch/cluster.env failed" >&2' EXIT
+    setup
+    trap - EXIT
+    set -u
 }
 
 # Make Python import rft from FOLDER instead of the job's working folder.
 use_code() {
     code=$1
     export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
-    echo "$(date '+%F %T') job $job, attempt ${SLURM_RESTART_COUNT:-0}, code $(revision "$code")"
+    echo "code $(revision "$code")"
 }
 
 # Run a command on one node; `torchrun` gets its ranks. These jobs skip finished work, so SLURM can kill
@@ -298,6 +341,13 @@ misses_node() {
 # Print how far the run is, to compare with a later call.
 progress() {
     beginning_of "$run/progress.json" || true
+}
+
+# Whether the run has advanced since it was at BEFORE, by this job: the stop file in the command of the
+# training that last held the run folder names its job.
+advanced() {
+    [ "$(progress)" != "$1" ] &&
+        [[ $(beginning_of "$run/provenance.json") == *"/stop-$SLURM_JOB_ID-"* ]]
 }
 
 # Print the address at which SLURM reaches NODE, because its name may not resolve.
@@ -347,7 +397,7 @@ wait_for_ranks() {
 
 # Create the stop file that all ranks check, replacing any file of that name.
 ask_to_stop() {
-    echo "$(date '+%F %T') stop requested"
+    echo "$(date '+%F %T') stop requested; the ranks exit with code 75, which torchrun reports as an error"
     mv -fT "$(mktemp "$stop.XXXXXX")" "$stop"
 }
 
@@ -360,7 +410,7 @@ requeue() {
     until said=$(scontrol requeue "$job" 2>&1); do
         tries=$((tries + 1))
         if ((tries == 30)) || [[ $said == *[Dd]isabled* || $said == *denied* ]]; then
-            echo "error: the requeue failed: $said; resume with $run/resubmit.sh" >&2
+            echo "error: the requeue failed: $said; resume with $(quoted "$run/resubmit.sh")" >&2
             exit 1
         fi
         sleep 10
@@ -370,41 +420,52 @@ requeue() {
 
 # After an attempt that did not finish the run: requeue the job if a retry can help, else fail.
 requeue_or_fail() {
-    local before=$1 waited=0 preempted
+    local before=$1 waited=0 preempted again
+    again=$(quoted "$run/resubmit.sh")
+    # a script on a lost node would be lost too
+    if [ "$SLURM_JOB_NUM_NODES" = 1 ]; then PATIENCE=0; fi
     while true; do
         # SLURM itself is ending the job and decides whether it restarts. A requeue would revive
         # even a cancelled job
         if [ "$(job_field JobState)" != RUNNING ]; then
-            echo "$(date '+%F %T') SLURM is ending job $job; if it is not requeued, resume with $run/resubmit.sh"
+            echo "$(date '+%F %T') SLURM is ending job $job; if it is not requeued, resume with $again"
             exit 1
         fi
         if [ -e "$stop" ]; then requeue "stop requested"; fi
         # clusters without preemption do not show this field
         preempted=$(job_field PreemptTime)
         if [ "${preempted:-None}" != None ]; then requeue "preempted"; fi
-        if [ "$(progress)" != "$before" ]; then requeue "failed after making progress"; fi
+        if advanced "$before"; then requeue "failed after making progress"; fi
         # SLURM takes minutes to notice a lost node, then requeues by itself
         if ((waited >= PATIENCE)) && ! misses_node; then break; fi
+        if ((waited == 0)); then
+            echo "$(date '+%F %T') failed without progress; waiting in case SLURM reports a lost node"
+        fi
         sleep 5
         waited=$((waited + 5))
     done
-    echo "error: $run failed and made no progress; not requeued. Fix the error above, then resume" \
-        "with $run/resubmit.sh" >&2
+    echo "error: $(quoted "$run") failed and this job made no progress; not requeued. Fix the error above;" \
+        "$again repeats this job with the same options, launch/submit.sh takes others" >&2
     exit 1
 }
 
 # Train RECIPE with OPTIONS until the run is finished, in this attempt or a later one.
 train() {
-    local recipe=${1:?name a recipe; python -m rft.train --help lists them} before was_finished=no
+    local recipe=${1:?name a recipe; python -m rft.train --help lists them} before was_finished=no word own=()
     refuse_credentials "$@" "$DATA" "${TRAIN_OPTIONS[@]}"
     shift
     run=$(run_folder "$recipe" "$@")
     snapshot "$SLURM_SUBMIT_DIR" "$run/code"
-    if [ ! -e "$run/resubmit.sh" ]; then
+    # launch/submit.sh writes it for its own trainings, not for tasks of a sweep
+    if [ ! -e "$run/resubmit.sh" ] && [ ! "$SLURM_SUBMIT_DIR" -ef "$run/code" ]; then
+        TIME=$(job_field TimeLimit)
         set_options train "$run"
-        options+=("--partition=$SLURM_JOB_PARTITION" "--nodes=$SLURM_JOB_NUM_NODES")
-        leave_resubmit "$run" train "${options[@]}" "--time=$(job_field TimeLimit)" -- \
-            "$recipe" "$@"
+        for word in "${options[@]}"; do
+            [[ $word == --@(partition|nodes)=* ]] || own+=("$word")
+        done
+        require_replaceable "$run/resubmit.sh"
+        leave_resubmit "$run" train "${own[@]}" "--partition=$SLURM_JOB_PARTITION" \
+            "--nodes=$SLURM_JOB_NUM_NODES" -- "$recipe" "$@"
     fi
     use_code "$run/code"
 

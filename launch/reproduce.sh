@@ -63,8 +63,9 @@ if [ ! -e launch/cluster.env ]; then
         "needs no cluster" >&2
     exit 2
 fi
-# shellcheck source=launch/cluster.env.example
-source launch/cluster.env
+# shellcheck source=launch/job.sh
+source launch/job.sh
+load_settings
 # remove a job from the queue if a job that it depends on has failed
 submit=(launch/submit.sh --kill-on-invalid-dep=yes)
 [ $dry = no ] || submit+=(--dry-run)

@@ -262,14 +262,14 @@ def test_the_plan_for_people_has_every_command(capsys, monkeypatch):
     ("options", "message"),
     [
         (("--seeds", "0"), "--seeds is 0"),
-        (("--only", "lpft"), "unknown recipe 'lpft'; did you mean 'lp-ft'?"),
+        (("--only", "lpft"), "^unknown recipe 'lpft'; did you mean 'lp-ft'?"),
         (("--", "--optim.lr=1"), "--optim.lr=1 is set by the plan"),
         (("--scale", "tiny"), "tiny"),
         (("--lines", "--", "--model.clip", "x\nrm -r y"), r"'x\nrm -r y' has a line break or tab"),
     ],
 )
 def test_mistakes_are_one_line(options, message, monkeypatch, capsys):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message).replace("\\^", "^")):
         printed(capsys, monkeypatch, "--runs", "R", "--data", "D", *options)
 
 

@@ -185,6 +185,7 @@ def images_seen(
     Training accuracy may be intended, so it is only a warning, and results.json has the count.
     """
     found, known = [], {}
+    models: dict[tuple[str, int], list[str]] = {}
     for one in systems:
         path = path_of(one)
         trained_on = of_model(path, header_of(one).metadata)
@@ -193,12 +194,16 @@ def images_seen(
             parts = few_shot_parts(trained_on, data, manifests)
             known[trained_on] = seen_images(data, pairs, manifests, parts)
         found.append(known[trained_on])
-        for name, count in known[trained_on].items():
-            log.warning(
-                f"{path} was trained on {count:,} of the {manifests[name].samples:,} images of "
-                f"{name}: its accuracy there is up to {100 * count / manifests[name].samples:.3g} "
-                "points too high"
-            )
+        for seen in known[trained_on].items():
+            models.setdefault(seen, []).append(str(path))
+    # one warning for all models: they often have the same training set
+    for (name, count), paths in models.items():
+        total = manifests[name].samples
+        was, its = ("were", "their") if paths[1:] else ("was", "its")
+        log.warning(
+            f"{', '.join(paths)} {was} trained on {count:,} of the {total:,} images of {name}: "
+            f"{its} accuracy there is up to {100 * count / total:.3g} points too high"
+        )
     return found
 
 

@@ -42,7 +42,8 @@ from rft.loading.features import FeatureFolder
 from rft.log import ASIDE
 from rft.progress import progress
 from rft.runs import predictions
-from rft.runs.folder import require_own_weights, unfinished
+from rft.runs.derived import require_weights
+from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
 from rft.runs.records import Temperature
 from rft.sets import TEST_SETS
 from rft.shards.manifest import Manifest
@@ -173,8 +174,10 @@ def find_systems(arguments: Arguments) -> list[System]:
     """Collect the models and averages of the command line, each run folder once.
 
     Raises:
-        ValueError: if it names none, or an average that cannot be made.
+        ValueError: if it names none, one that does not exist, or an average that cannot be made.
     """
+    for path in arguments.checkpoints:
+        require_weights(checkpoint_path(path))
     averages = read_averages(
         arguments.wise, arguments.soup, arguments.out, arguments.end_weights, arguments.parts
     )
@@ -216,10 +219,10 @@ def main() -> None:
     """Evaluate the models that have no current results."""
     arguments = cli.parse(Arguments, prog="rft.evaluate")
     # before the ranks join, because an error that all ranks see is printed once
+    sets = set_names(arguments.sets, "--sets")
     systems = find_systems(arguments)
     if arguments.features_dir is not None:
         files.require_local(arguments.features_dir, "--features-dir")
-    sets = set_names(arguments.sets, "--sets")
     packed = {
         name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)
         for name in sets

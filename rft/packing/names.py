@@ -33,9 +33,10 @@ SYSTEM_NAMES = (
     # left beside photos by viewers and importers
     *("Picasa.ini", "ZbThumbnail.info", "photothumb.db"),
 )
+HIDDEN = ".*"
 # hidden files ("._x.jpg" is macOS's for x.jpg); streams that were saved as separate files
 SYSTEM_PATTERNS = (
-    *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
+    *("._*", HIDDEN, "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
     # files rescued by Windows' chkdsk, Lightroom's previews
     *("found.[0-9][0-9][0-9]", "*.lrdata"),
 )
@@ -73,6 +74,11 @@ def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
         if fnmatch.fnmatchcase(plain, composed(pattern).casefold()):
             return pattern
     return _SYSTEM.get(plain, "")
+
+
+def named(pattern: str) -> str:
+    """Format a name or pattern by which files are skipped, for a line that counts them."""
+    return f"{printable(pattern)}{' (hidden)' if pattern == HIDDEN else ''}"
 
 
 def thumbnails(name: str) -> str:

@@ -12,8 +12,9 @@ import glob
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from rft.config import MAX_PIXELS
 from rft.packing.names import (
     Links,
     has_image_suffix,
+    named,
     passed_over,
     regular_size,
     require_distinct,
@@ -74,13 +76,15 @@ class Photos(NamedTuple):
     labels: LabelSpace
     notes: list[str]
     warnings: list[str]
+    damaged: frozenset[Path] = frozenset()
+    """Images of the sources that are left out, because their header cannot be read."""
 
 
 class UnusableError(ValueError):
     """All unusable files and classes of a photo folder; the notes list each of them.
 
     Args:
-        faults: one text per kind, for the line of the error.
+        line: the line of the error; it counts several faults, and describes a single one.
         found: one line for each file or class.
         ignore: patterns for --ignore that skip those that can be skipped.
         damaged: number of files that only --max-bad leaves out.
@@ -89,17 +93,18 @@ class UnusableError(ValueError):
 
     def __init__(
         self,
-        faults: Sequence[str],
+        line: str,
         found: Sequence[str],
         *,
         ignore: Sequence[str],
         damaged: int,
         holds_out: bool,
     ) -> None:
-        super().__init__("; ".join(faults))
+        super().__init__(line)
         self.ignore, self.damaged, self.holds_out = tuple(ignore), damaged, holds_out
         # a single one is already in the error's line
-        if len(found) > 1:
+        self.several = len(found) > 1
+        if self.several:
             for line in found[:LISTED]:
                 self.add_note(line)
         if len(found) > LISTED:
@@ -111,6 +116,7 @@ class SameBytes(NamedTuple):
 
     between_classes: list[tuple[str, str]]
     between_sets: list[tuple[str, str]]  # of one class
+    between_both: list[tuple[str, str]]  # of two classes, in two sets
 
 
 def read_folder(
@@ -153,11 +159,13 @@ def read_folder(
         trees[name] = _read_tree(folder, labels.ids, ignore, links, is_split=True)
     for tree in trees.values():
         _require_classes(tree, labels)
-    damaged = [] if max_bad is None else [one for tree in trees.values() for one in _damaged(tree)]
+    damaged: dict[Path, str] = {}
+    for tree in () if max_bad is None else trees.values():
+        damaged |= _damaged(tree)
     enough = 1 if splits or test_share == 0 else 2  # images per class: one of two is held out
     _require_usable(
         foreign=[path for tree in trees.values() for path in tree.foreign],
-        damaged=damaged if len(damaged) > (max_bad or 0) else [],
+        damaged=[*damaged.values()] if len(damaged) > (max_bad or 0) else [],
         small={
             tree.root / name: len(images)
             for tree in trees.values()
@@ -178,7 +186,7 @@ def read_folder(
         passed.update(tree.passed)
         unread += [f"{tree.root.name}/{name}" for name in tree.beside]
     warnings += doubts(labels)
-    warnings += [f"{fault}; it is left out (--max-bad)" for fault in damaged]
+    warnings += [f"{fault}; it is left out (--max-bad)" for fault in damaged.values()]
     warnings += [
         f"{shown(name)} beside {source} is not read; name the folder "
         f"{source.resolve().parent} to test on it"
@@ -186,7 +194,7 @@ def read_folder(
     ]
     warnings += [f"--ignore {name!r} matches nothing" for name in ignore if name not in passed]
     notes = [*_notes(passed, ignore, unread), *filter(None, [links.said()])]
-    return Photos(sources, labels, notes, warnings)
+    return Photos(sources, labels, notes, warnings, frozenset(damaged))
 
 
 def _read_tree(
@@ -240,12 +248,16 @@ def _require_classes(tree: Tree, labels: LabelSpace) -> None:
     present = {composed(name): name for name in tree.classes}
     # unknown before missing: a misspelt folder is both, and its name is the better hint
     unknown = sorted(present.keys() - set(labels.ids))
+    missing = [name for name in labels.ids if name not in present]
     if unknown:
+        close = get_close_matches(unknown[0], missing, n=1)
+        what = "remove it or add it to --classes"
+        if close:
+            what = f"did you mean {shown(close[0])}, which has no folder? Rename one of the two"
         raise ValueError(
             f"unknown class: folder {shown(unknown[0])} in {tree.root} is not one of the "
-            f"{len(labels)} classes; remove it or add it to --classes"
+            f"{len(labels)} classes; {what}"
         )
-    missing = [name for name in labels.ids if name not in present]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(labels)} class folders are missing in {tree.root} "
@@ -292,7 +304,7 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
         for item in source.items:
             place = Place(source.dataset, item.label, source.root / item.path)
             by_size[item.bytes].append(place)
-    found = SameBytes([], [])
+    found = SameBytes([], [], [])
     for _, places in sorted(by_size.items()):
         for group in _equal_files(places):
             # compared only with the first of each set and class: all pairs would be too many
@@ -303,7 +315,9 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
                 other_set = next((p for p in of_class if p.dataset != place.dataset), None)
                 other_class = next((p for p in known if p.label != place.label), None)
                 if other_class:
-                    found.between_classes.append((str(other_class.path), str(place.path)))
+                    same_set = other_class.dataset == place.dataset
+                    pairs = found.between_classes if same_set else found.between_both
+                    pairs.append((str(other_class.path), str(place.path)))
                 if other_set:
                     found.between_sets.append((str(other_set.path), str(place.path)))
                 first.setdefault((place.dataset, place.label), place)
@@ -383,14 +397,16 @@ def _raise(error: OSError) -> None:
     raise error  # by default os.walk skips folders that it cannot read
 
 
-def _damaged(tree: Tree) -> Iterator[str]:
-    """Yield the faults of unreadable images, found by their headers only: nothing is decoded."""
+def _damaged(tree: Tree) -> dict[Path, str]:
+    """Find unreadable images and their faults, by their headers only: nothing is decoded."""
+    found = {}
     for name in sorted(tree.classes):
         for image in tree.classes[name]:
             try:
                 _require_header(tree.root / image.path, image.bytes)
             except ValueError as error:
-                yield str(error)
+                found[tree.root / image.path] = str(error)
+    return found
 
 
 def _require_header(path: Path, size: int) -> None:
@@ -412,48 +428,46 @@ def _require_usable(
     *, foreign: Sequence[Path], damaged: Sequence[str], small: Mapping[Path, int]
 ) -> None:
     """Raise one error for everything unusable; `small` counts images by class folder."""
-    faults, ignore, found = [], [], []
-    if foreign:
-        known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
-        # escaped, because a name may contain wildcards of patterns
-        kinds = {
-            f"*{glob.escape(path.suffix.lower())}" if path.suffix else glob.escape(path.name)
-            for path in foreign
-        }
-        ignore += sorted(kinds)
-        faults.append(
-            f"not an image: {min(foreign)}{_more(foreign)}; class folders may hold only {known}. "
-            f"Convert or remove the others, or skip them with --ignore {_patterns(ignore)}"
+    known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
+    # escaped, because a name may contain wildcards of patterns
+    kinds = {
+        f"*{glob.escape(path.suffix.lower())}" if path.suffix else glob.escape(path.name)
+        for path in foreign
+    }
+    ignore = [*sorted(kinds), *sorted({glob.escape(folder.name) for folder in small})]
+    counts = ("no image", "one image")
+    found = [
+        *(f"not a photo: {path}" for path in sorted(foreign)),
+        *damaged,
+        *(f"{counts[count]}: {folder}" for folder, count in sorted(small.items())),
+    ]
+    if not found:
+        return
+    if len(found) > 1:
+        kinds_of = (
+            (len(foreign), f"file is not a photo ({known})", f"files are not photos ({known})"),
+            (len(damaged), "photo cannot be read", "photos cannot be read"),
+            (len(small), "class folder has too few photos", "class folders have too few photos"),
         )
-        found += [f"not an image: {path}" for path in sorted(foreign)]
-    if damaged:
-        faults.append(
-            f"{damaged[0]}{_more(damaged)}; replace it, or leave it out with --max-bad "
-            f"{len(damaged)}"
+        line = "; ".join(
+            f"{number:,} {one if number == 1 else more}" for number, one, more in kinds_of if number
         )
-        found += damaged
-    if small:
-        patterns = sorted({glob.escape(folder.name) for folder in small})
-        ignore += patterns
-        counts = ("no image", "one image")
-        folder, count = next(iter(small.items()))
-        faults.append(
-            f"class folder {shown(folder.name)} has {counts[count]}{_more(small)}, too few to pack "
-            f"or to hold some out; add images, or skip it with --ignore {_patterns(patterns)}"
+    elif foreign:
+        line = (
+            f"not a photo: {foreign[0]}; class folders may hold only {known}. Convert or remove "
+            f"it, or skip it with --ignore {shown(ignore[0])}"
         )
-        found += [f"{counts[count]}: {folder}" for folder, count in sorted(small.items())]
-    if faults:
-        raise UnusableError(
-            faults, found, ignore=ignore, damaged=len(damaged), holds_out=1 in small.values()
+    elif damaged:
+        line = f"{damaged[0]}; replace it, or leave it out with --max-bad 1"
+    else:
+        ((folder, count),) = small.items()
+        line = (
+            f"class folder {shown(folder.name)} has {counts[count]}, too few to pack or to hold "
+            f"some out; add images, or skip it with --ignore {shown(ignore[0])}"
         )
-
-
-def _more(found: Sized) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-
-
-def _patterns(patterns: Sequence[str]) -> str:
-    return " ".join(map(shown, patterns[:5]))
+    raise UnusableError(
+        line, found, ignore=ignore, damaged=len(damaged), holds_out=1 in small.values()
+    )
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
@@ -461,7 +475,7 @@ def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -
     notes = []
     if passed:
         counts = (
-            f"{count:,} {printable(pattern)}{' (--ignore)' if pattern in ignore else ''}"
+            f"{count:,} {named(pattern)}{' (--ignore)' if pattern in ignore else ''}"
             for pattern, count in sorted(passed.items(), key=lambda entry: (-entry[1], entry[0]))
         )
         notes.append(f"skipped by name: {', '.join(counts)}")

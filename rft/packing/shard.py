@@ -217,7 +217,7 @@ def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
     more = ", ..." if len(bad) > NAMED_IN_ERRORS else ""
     return ValueError(
         f"{len(bad)} images cannot be read, --max-bad allows {allowed} ({first}{more}); replace "
-        f"them, or allow more: finished shards are kept"
+        f"them, or pass --max-bad {len(bad)} or more; finished shards are kept"
     )
 
 

@@ -30,7 +30,7 @@ from rft.photos.plan import ZERO_SHOT, Stage, Task
 from rft.runs import choice
 from rft.shards.label_space import LabelSpace
 from rft.storage.documents import Epochs, Part, Seed, Whole, document
-from rft.text import printable
+from rft.text import plain, printable
 from rft.train.rate import about
 
 # modules that the stages load by name, imported once before they are forked
@@ -48,6 +48,7 @@ GLUE = "\0"  # cannot occur in a folder's name
 LISTED = 30  # classes whose counts are printed
 YOURS = "NEW_PHOTOS"
 UNBALANCED = 20  # times as many photos in the largest class as in the smallest: printed as a note
+BY_DEFAULT = "exported by default (no held-out photos to choose by)"
 FEW = 5  # photos of a class to train on; fewer are printed as a note
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class Arguments:
     rft photos holiday --out holiday-rft
     """
 
-    folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FOLDER")] = None
+    folder: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
+    ] = None
     """Folder that holds the class folders, or train/ and test/ with these in them."""
     out: Path = Path("rft-photos")
     """Output folder."""
@@ -109,7 +112,7 @@ def main() -> None:
     require_apart([source], str(out), ("shards", "runs", "report", "model"))
     photos = _read(arguments, source)
     _require_usable(photos, source)
-    print("\n".join(found(photos, source)), flush=True)
+    print("\n".join(found(photos, source, arguments.max_bad)), flush=True)
     folder.warn(photos)
     task = _task(arguments)
     size = _size(photos)
@@ -155,7 +158,7 @@ def main() -> None:
     chosen = _chosen(task, held_out)
     for stage in plan.end(task, chosen):
         run(stage)
-    _say_end(task, chosen, time.perf_counter() - began)
+    _say_end(task, chosen, held_out, time.perf_counter() - began)
 
 
 def _same_command(*more: str, label: str = "") -> str:
@@ -231,7 +234,7 @@ def without_held_out(config: Config, size: small.Size) -> list[str]:
     """Explain which model is exported without held-out photos, and how many would suffice."""
     lines = [
         "too few photos to hold some out of training:",
-        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, without a choice",
+        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported by default",
     ]
     # with a single photo of a class, no number of photos would suffice
     pairs = size._replace(fewest=max(size.fewest, 2))
@@ -271,15 +274,18 @@ def _require_usable(photos: Photos, source: Path) -> None:
         raise ValueError(f"{source} has one class; a classifier needs two or more")
 
 
-def found(photos: Photos, source: Path) -> list[str]:
+def found(photos: Photos, source: Path, max_bad: int = 0) -> list[str]:
     """Summarise the photos for printing: counts, split, and oddities of the classes."""
+    # packing leaves out more photos if they cannot be decoded
+    most = "at most " if max_bad > len(photos.damaged) else ""
+    left_out = f", {len(photos.damaged):,} left out" if photos.damaged else ""
     train, test = (_items(photos, name) for name in (plan.TRAIN_SET, plan.TEST_SET))
     names = photos.labels.names
     counts = [Counter(item.label for item in items) for items in (train, test)]
     total = sum(len(one.items) for one in photos.sources)
     lines = [
         f"{printable(str(source))}: {total:,} photos of {len(names):,} classes; "
-        f"{len(train):,} to train on, {len(test):,} to test with"
+        f"{most}{len(train):,} to train on, {most}{len(test):,} to test with{left_out}"
     ]
     if len(names) <= LISTED:
         # keeps a name and its numbers on one line
@@ -308,8 +314,8 @@ def found(photos: Photos, source: Path) -> list[str]:
     few = [names[label] for label in order if counts[0][label] < FEW]
     if few:
         lines.append(
-            f"{len(few):,} classes have fewer than {FEW} photos to train on, such as "
-            f"{printable(few[0])}"
+            f"{len(few):,} {'classes have' if few[1:] else 'class has'} fewer than {FEW} photos to "
+            f"train on{', such as' if few[1:] else ':'} {printable(few[0])}"
         )
     return lines
 
@@ -359,7 +365,11 @@ def _packed(task: Task) -> small.Size:
 
 
 def _items(photos: Photos, name: str) -> Sequence[Item]:
-    return next(one.items for one in photos.sources if one.dataset == name)
+    """List the photos of a set, without those that are known to be left out."""
+    source = next(one for one in photos.sources if one.dataset == name)
+    if not photos.damaged:
+        return source.items
+    return [item for item in source.items if source.root / item.path not in photos.damaged]
 
 
 def sizes(photos: Photos, config: Config) -> plan.Sizes:
@@ -385,8 +395,13 @@ def _before(task: Task, held_out: int) -> list[Stage]:
 
 
 def run(stage: Stage) -> None:
-    """Run a stage."""
-    stages.run_here(stage.name, stage.words)
+    """Run a stage; after its error, print how to resume."""
+    try:
+        stages.run_here(stage.name, stage.words)
+    except SystemExit as stopped:
+        if stopped.code == stages.MISTAKE:
+            print(plain(f"  {_same_command(label='to resume')}"), file=sys.stderr, flush=True)
+        raise
 
 
 def _chosen(task: Task, held_out: int) -> Path:
@@ -396,12 +411,34 @@ def _chosen(task: Task, held_out: int) -> Path:
     return Path(choice.read(task.choice).chosen)
 
 
-def _say_end(task: Task, chosen: Path, seconds: float) -> None:
-    """Print the paths of the results, and the command that uses the model."""
+def _say_end(task: Task, chosen: Path, held_out: int, seconds: float) -> None:
+    """Print the paths of the results, and commands to use the model or to export a better one."""
     print(f"\ndone in {about(seconds).removeprefix('about ')}")
-    cli.say(f"chosen: {chosen.name}")
+    cli.say(f"{'chosen' if held_out else BY_DEFAULT}: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")
     cli.say(f"model:  {task.model}")
     words = ["-m", "rft.predict", task.model, YOURS, "--html", "page.html", "--cam"]
     unknown = {YOURS: "image files, or folders that hold some"}
     cli.say_next(cli.next_step(words, unknown=unknown))
+    if found := better(task, chosen):
+        model, points = found
+        cli.say(
+            f"alarm: {model.name} is significantly better than the exported model on the test "
+            f"photos ({points:+.1f} points); to export it:"
+        )
+        for stage in plan.export(task, model, task.out / f"{task.model.name}-{model.name}"):
+            cli.say(cli.next_step(stage.words, label=f"  {stage.name}"))
+
+
+def better(task: Task, exported: Path) -> tuple[Path, float] | None:
+    """Find the first model of the report's alarm, and its difference in points, if there is one."""
+    from rft.report import alarms
+    from rft.report.page import compose
+    from rft.report.read import load_runs
+
+    report = compose(load_runs([task.out / "runs"]), draw=False, chosen=exported)
+    assert report.chosen is not None
+    for row, difference in alarms.better(report.shown, report.measures, report.chosen):
+        path = next(run.path for run in report.runs if run.row == row.name)
+        return path, 100 * difference.value
+    return None

@@ -166,17 +166,17 @@ def report(task: Task, chosen: Path) -> Stage:
     return Stage(name="report", words=tuple(words))
 
 
-def export(task: Task, chosen: Path) -> Stage:
-    """Build the command that exports the chosen model."""
-    words = ["-m", "rft.convert", "export", str(chosen), "--to", "open-clip"]
-    return Stage(name="export", words=(*words, "--out", str(task.model)))
+def export(task: Task, model: Path, out: Path) -> list[Stage]:
+    """Build the commands that export a model, after writing its weights if it is an average."""
+    words = ["-m", "rft.convert", "export", str(model), "--to", "open-clip", "--out", str(out)]
+    merged = [merge(task, recipe) for recipe in FAMILIES if task.wise(recipe) == model]
+    return [*merged, Stage(name="export", words=tuple(words))]
 
 
 def end(task: Task, chosen: Path) -> list[Stage]:
     """List the stages after the choice."""
-    merged = [merge(task, recipe) for recipe in FAMILIES if task.wise(recipe) == chosen]
     # the report last, so that its warnings are seen
-    return [*merged, export(task, chosen), report(task, chosen)]
+    return [*export(task, chosen, task.model), report(task, chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)

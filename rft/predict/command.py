@@ -17,7 +17,7 @@ from rft import cli
 from rft.config import MAX_PIXELS, Device
 from rft.evaluate.forward import TOGETHER
 from rft.log import ASIDE
-from rft.packing.names import Patterns, patterns_of, taken_for_name
+from rft.packing.names import Patterns, named, patterns_of, taken_for_name
 from rft.predict.images import Found, find_images, read_squares
 from rft.predict.model import Model, Prediction, load, require_model
 from rft.predict.page import SHOWN, START, Shown, render, shown
@@ -210,7 +210,7 @@ def say(
         more = [f"and {len(counts) - LINES:,} more classes"] if counts[LINES:] else []
         lines.append(f"predicted: {', '.join([*shown, *more])}")
     if found.passed:
-        counts = (f"{count:,} {plain(name)}" for name, count in sorted(found.passed.items()))
+        counts = (f"{count:,} {named(name)}" for name, count in sorted(found.passed.items()))
         lines.append(f"skipped by name: {', '.join(counts)}")
     lines += [f"written: {plain(str(path))}" for path in written]
     cli.say("\n".join(lines))

@@ -1,24 +1,58 @@
 """Alarms of a report: training images in a test set, lost accuracy, collapse. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
 from rft.report.tables import Row, columns, heading, is_average, pair_of, target
+from rft.statistics.paired import Difference
 from rft.text import printable
 
 BASELINE = "zero-shot"
 # A model with this share of the images' classes among its predictions, or less, has collapsed. Good
 # models predict nearly all classes, and one that collapsed to the most frequent class predicts one.
 PREDICTED_SHARE = 0.5
+NAMED = 5  # photos that an alarm names
 
 
-def of_report(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> list[str]:
-    """Collect the alarms of a report's runs and rows, as sentences."""
-    return [*_seen(runs), *_lost(rows, measures), *_collapsed(rows, measures)]
+def of_report(
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    measures: Measures,
+    chosen: Row | None = None,
+    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[str]:
+    """Collect the alarms of a report's runs and rows, as sentences.
+
+    Args:
+        runs: all runs.
+        rows: the rows that are shown.
+        measures: their numbers.
+        chosen: the row of the exported model.
+        photos: test set -> the files of its photos that were trained on, if they are known.
+    """
+    return [
+        *_seen(runs, photos),
+        *_behind(rows, measures, chosen),
+        *_lost(rows, measures, chosen),
+        *_collapsed(rows, measures),
+    ]
 
 
-def _seen(runs: Sequence[Run]) -> Iterator[str]:
+def better(rows: Sequence[Row], measures: Measures, chosen: Row) -> list[tuple[Row, Difference]]:
+    """Find the rows that are significantly better than the exported model, the best first."""
+    column = target(rows)
+    pairs = [(row, pair_of(measures, row.name, chosen.name, column)) for row in rows]
+    found = [
+        (row, pair.difference)
+        for row, pair in pairs
+        if row != chosen and pair and pair.difference.value > 0 and significant(pair)
+    ]
+    return sorted(found, key=lambda one: -one[1].value)
+
+
+def _seen(runs: Sequence[Run], photos: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Find test sets with images that a model was trained on, as its evaluation recorded."""
     found: dict[tuple[str, int, int], dict[str, None]] = {}
     for run in runs:
@@ -26,17 +60,40 @@ def _seen(runs: Sequence[Run]) -> Iterator[str]:
             if count.seen:
                 found.setdefault((name, count.seen, count.total), {})[run.row] = None
     for (name, seen, total), rows in found.items():
+        paths = photos.get(name, ())
+        files = ""
+        if len(paths) == seen:  # otherwise the sets have changed since the evaluation
+            more = ", ..." if len(paths) > NAMED else ""
+            files = f" ({', '.join(map(printable, paths[:NAMED]))}{more})"
         yield (
-            f"{seen:,} of the {total:,} images of {printable(heading(name))} were in the training "
-            f"set of {', '.join(rows)}: this accuracy is too high. Remove them and pack again."
+            f"{seen:,} of the {total:,} images of {printable(heading(name))}{files} "
+            f"{'was' if seen == 1 else 'were'} in the training set of {', '.join(rows)}: this "
+            f"accuracy is too high. Remove {'it' if seen == 1 else 'them'} and pack again."
         )
 
 
-def _lost(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
+def _behind(rows: Sequence[Row], measures: Measures, chosen: Row | None) -> Iterator[str]:
+    """Compare the exported model with the others, in the report's main column."""
+    found = better(rows, measures, chosen) if chosen else []
+    if chosen and found:
+        others = ", ".join(
+            f"{row.name} {100 * value:+.1f} points (95% interval {100 * low:+.1f} to "
+            f"{100 * high:+.1f})"
+            for row, (value, (low, high), _) in found
+        )
+        yield (
+            f"The exported model, {chosen.name}, is significantly worse than others on "
+            f"{heading(target(rows))}: {others}. Export one of them instead."
+        )
+
+
+def _lost(rows: Sequence[Row], measures: Measures, chosen: Row | None) -> Iterator[str]:
     """Find rows that are significantly worse than zero-shot, in the report's main column."""
     column = target(rows)
     for row in rows:
-        pair = None if row.name == BASELINE else pair_of(measures, row.name, BASELINE, column)
+        # `_behind` compares the exported model with all others
+        skipped = row.name == BASELINE or row == chosen
+        pair = None if skipped else pair_of(measures, row.name, BASELINE, column)
         if pair is None or pair.difference.value >= 0 or not significant(pair):
             continue
         low, high = pair.difference.interval

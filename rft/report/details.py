@@ -103,6 +103,9 @@ def statistics_grid(rows: Sequence[Row], measures: Measures, column: str) -> Gri
     there = [row for row in rows if by_row[row.name]]
     # scaled numbers exist only if a temperature was fitted
     shown = [name for name in SHOWN if any(spread(by_row[row.name], name) for row in there)]
+    # 100% with five classes or fewer
+    if all(one.top5 == 1 for row in there for one in by_row[row.name]):
+        shown = [name for name in shown if name != "top5"]
     lines = []
     for row in there:
         cells = [row.cells[column].text(), interval_percent(interval(measures, row.name, column))]

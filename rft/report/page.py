@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.mistakes import Pictures, RowMistakes
 from rft.report.read import TRANSDUCTIVE, Run, load_runs, shown_settings
-from rft.report.summary import Summary, summarise
+from rft.report.summary import Summary, is_default, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.templates import data_url, environment
 from rft.report.testbed import read_line
@@ -44,6 +45,7 @@ from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
 from rft.shards import photo_names
 from rft.shards.folder import MANIFEST
+from rft.shards.guard import shared_keys
 from rft.statistics.robustness import Line
 from rft.storage import files
 from rft.text import plain
@@ -86,7 +88,12 @@ class Report:
     """Step -> WebP of the gallery's images at that step, ascending."""
     gallery_run: Run | None
     chosen: Row | None = None
-    """Row of the model that was chosen without test images."""
+    """Row of the exported model."""
+
+    @property
+    def mark(self) -> str:
+        """Word beside the name of the exported model."""
+        return "exported" if is_default(self.runs) else "chosen"
 
     @property
     def hidden(self) -> int:
@@ -119,7 +126,7 @@ def write_report(
 
     Files of an earlier report there are replaced or removed. With a data root, the page shows
     images that were gained and lost, each of at most `max_pixels` million pixels. `chosen` is the
-    run folder of the model that was chosen without test images.
+    run folder of the exported model, which was chosen without test images.
 
     Raises:
         ValueError: if the runs cannot be compared in one table, a file is malformed, or a set below
@@ -127,7 +134,9 @@ def write_report(
     """
     files.require_local(out, "--out")
     line = None if testbed is None else read_line(testbed)
-    report = compose(load_runs(runs), line, chosen=chosen)
+    loaded = load_runs(runs)
+    seen = seen_photos(loaded, data) if data else {}
+    report = compose(loaded, line, chosen=chosen, photos=seen)
     images = flips_of(report, data, max_pixels) if data else None
     wrong = mistakes_of(report, data, max_pixels) if data else None
     names = photo_names.read(files.join(data, mistakes_set(report))) if data else {}
@@ -139,6 +148,17 @@ def write_report(
         else:
             (out / name).unlink(missing_ok=True)
     return report
+
+
+def seen_photos(runs: Sequence[Run], data: str) -> dict[str, list[str]]:
+    """Name the photos of each test set that are in a training set too, by their files."""
+    found = {}
+    trained_on = sorted({run.config.train_set for run in runs} - {""})
+    for name in dict.fromkeys(name for run in runs for name in run.counts if run.counts[name].seen):
+        if paths := photo_names.read(files.join(data, name)):
+            keys = shared_keys(data, trained_on, name)
+            found[name] = sorted(paths[key] for key in keys if key in paths)
+    return found
 
 
 def documents(report: Report) -> dict[str, bytes | None]:
@@ -167,7 +187,12 @@ def documents(report: Report) -> dict[str, bytes | None]:
 
 
 def compose(
-    runs: list[Run], line: Line | None = None, *, draw: bool = True, chosen: Path | None = None
+    runs: list[Run],
+    line: Line | None = None,
+    *,
+    draw: bool = True,
+    chosen: Path | None = None,
+    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Report:
     """Make tables, statistics and, if `draw`, pictures of runs.
 
@@ -197,7 +222,7 @@ def compose(
         rows=rows,
         shown=shown,
         measures=measured,
-        summary=summarise(runs, rows, shown, measured, chosen_row),
+        summary=summarise(runs, rows, shown, measured, chosen_row, photos),
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
@@ -311,6 +336,7 @@ def render(
         ],
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
+        averages=any(map(is_average, targets)),
         grids=_named(targets, lambda name: details.statistics_grid(shown, measured, name)),
         matrices=_named(targets, lambda name: details.matrix(shown, measured, name)),
         flips=details.flips_grid(shown, measured, reference),

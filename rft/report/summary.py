@@ -1,7 +1,8 @@
 """The sentences at the top of a report: what was compared, conclusions and warnings. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from rft.report import alarms, details, tables
 from rft.report.measures import IMAGES, Measures, significant
@@ -41,15 +42,16 @@ def summarise(
     shown: Sequence[Row],
     measures: Measures,
     chosen: Row | None = None,
+    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Summary:
     """Write the sentences; `shown` has one row per WiSE family.
 
-    `chosen` is the row of the model that was chosen without test images, if there is one.
+    `chosen` is the row of the exported model, if there is one; for `photos` see `alarms.of_report`.
     """
-    found = alarms.of_report(runs, shown, measures)
+    found = alarms.of_report(runs, shown, measures, chosen, photos)
     return Summary(
         _compared(runs, rows),
-        [*_choice(chosen, shown, measures), *_conclusions(shown, measures)],
+        [*_choice(runs, chosen, shown, measures), *_conclusions(shown, measures)],
         [*found, *_warnings(runs, rows, measures)],
         found,
     )
@@ -63,35 +65,48 @@ def _listed(names: Sequence[str]) -> str:
 def _compared(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     seeds = sorted({len(row.seeds) for row in rows})
     of_each = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    alone = " (the variation between trainings is not known)" if _is_single(rows) else ""
     images = {name: count.total for run in runs for name, count in run.counts.items()}
     sets = [f"{heading(name)} ({images[name]:,})" for name in columns(rows) if name in images]
     clips = sorted({run.clip for run in runs} - {""})
     of_clips = f", CLIP {_listed(clips)}" if clips else ""
     return (
         f"{_plural(len(rows), 'system')} from {_plural(len(runs), 'run')}, {of_each} "
-        f"seed{'' if seeds == [1] else 's'} of each{of_clips}. "
+        f"seed{'' if seeds == [1] else 's'} of each{alone}{of_clips}. "
         f"Test images: {_listed(sets) or 'none'}."
     )
+
+
+def _is_single(rows: Sequence[Row]) -> bool:
+    return all(len(row.seeds) == 1 for row in rows)
 
 
 def _plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _choice(chosen: Row | None, rows: Sequence[Row], measures: Measures) -> Iterator[str]:
-    """State the accuracy of the chosen model, and its difference to the untrained one."""
+def is_default(runs: Sequence[Run]) -> bool:
+    """Whether no training held images out, so that none of the models can have been chosen."""
+    held_out = [run.config.loader.held_out for run in runs if run.config.loader]
+    return bool(held_out) and not any(held_out)
+
+
+def _choice(
+    runs: Sequence[Run], chosen: Row | None, rows: Sequence[Row], measures: Measures
+) -> Iterator[str]:
+    """State the accuracy of the exported model, and its difference to the untrained one."""
     column = target(rows)
     if chosen is None or column not in chosen.cells:
         return
     found = details.interval(measures, chosen.name, column)
     images = "" if found is None else f" (95% interval {details.interval_percent(found)})"
-    yield (
-        f"Chosen without any test image: {chosen.name}, {chosen.cells[column].text()}%{images} on "
-        f"{heading(column)}."
-    )
+    how = "Chosen without any test image"
+    if is_default(runs):
+        how = "Exported by default (no held-out images to choose by)"
+    yield f"{how}: {chosen.name}, {chosen.cells[column].text()}%{images} on {heading(column)}."
     for row in rows:
         if row.recipe == tables.UNTRAINED and row != chosen and column in row.cells:
-            yield f"Difference: {_against(chosen, row, '', column, measures)}"
+            yield f"{chosen.name}: {_against(chosen, row, '', column, measures)}"
 
 
 def _conclusions(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
@@ -118,7 +133,7 @@ def _conclusions(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
         named[others[0].name] = ", the best baseline" if len(others) > 1 else ""
     by_name = {row.name: row for row in rows}
     for name, role in named.items():
-        yield _against(best, by_name[name], role, column, measures)
+        yield f"{best.name}: {_against(best, by_name[name], role, column, measures)}"
 
 
 def _against(best: Row, other: Row, role: str, column: str, measures: Measures) -> str:
@@ -147,9 +162,9 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
             "Miniature world: a tiny CLIP on procedural images. Columns are stand-ins named after "
             "the benchmarks, and their numbers do not apply to ImageNet."
         )
-    if single := [row.name for row in rows if len(row.seeds) == 1 and row.recipe != "zero-shot"]:
+    single = [row.name for row in rows if len(row.seeds) == 1 and row.recipe != "zero-shot"]
+    if single and not _is_single(rows):
         which = f"{_listed(single)}:" if len(single) <= NAMED else f"{len(single)} systems have"
-        which = "All systems have" if len(single) == len(rows) else which
         yield f"{which} one seed: the variation between trainings is not known."
     if marked := [row.name for row in rows if row.recipe.endswith(TRANSDUCTIVE)]:
         yield (

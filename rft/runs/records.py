@@ -297,6 +297,13 @@ class Optim:
     epochs: Count | None = None
 
 
+@document(name="loader", config=FOREIGN)
+class Loader:
+    """The training images of a run."""
+
+    held_out: Count | None = None
+
+
 @document(name="config", config=FOREIGN)
 class RunConfig:
     """A config.json of any kind: of a training, also by an older rft, or of a derived model.
@@ -313,6 +320,8 @@ class RunConfig:
     precision: Text = ""
     model: Model = dataclasses.field(default_factory=Model)
     optim: Optim | None = None
+    """Only in a training."""
+    loader: Loader | None = None
     """Only in a training."""
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     merged_from: tuple[Ancestor, ...] | None = None

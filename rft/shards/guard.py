@@ -17,6 +17,7 @@ import numpy as np
 
 from rft.sets import ID_SET, TEST_SETS, TRAIN_SET
 from rft.shards.folder import MANIFEST
+from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.shards.root import packed_sets
 from rft.shards.samples import Samples
@@ -137,6 +138,21 @@ def seen_images(
             seen[test] = seen.get(test, False) | found_M
     counts = {name: int(np.count_nonzero(found_M)) for name, found_M in seen.items()}
     return whole | {name: count for name, count in counts.items() if count}
+
+
+def shared_keys(root: str, training: Collection[str], test: str) -> list[str]:
+    """List the keys of a test set's images that are also in training sets below the data root."""
+    url = files.join(root, test)
+    manifest = Manifest.load(url)
+    index = Index.load(url, manifest)
+    theirs_M, shared_M = _source(url, manifest, "those of training sets"), []
+    for name in training:
+        if theirs_M is not None and files.exists(files.join(root, name, MANIFEST)):
+            other = files.join(root, name)
+            source_N = _source(other, Manifest.load(other), f"those of {test}")
+            shared_M += [] if source_N is None else [np.isin(theirs_M, source_N)]
+    rows = np.flatnonzero(np.any(shared_M, axis=0)) if shared_M else []
+    return [index.key[row].decode("ascii") for row in rows]
 
 
 def _source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST, PLAN
 from rft.storage import files
 from rft.storage.urls import set_name
@@ -58,6 +59,8 @@ def _hint(url: str) -> str:
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else CHOOSE
+        if name in BENCHMARKS:  # no typing error
+            hint = f"pack {name} too (docs/data.md), or {CHOOSE}"
         return f"{root} has the sets {_listed(found)}; {hint}"
     # --data is one level too deep
     if files.exists(files.join(root, MANIFEST)):

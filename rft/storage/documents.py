@@ -220,7 +220,8 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
     if kind == "value_error" and not isinstance(fault["input"], str | int | float):
         # for an entire object or list; the message itself names the fields
         message = message.removeprefix("Value error, ")
-        return f"{place}: {message}" if place and not message.startswith(place) else message
+        alone = place in ("", "--") or message.startswith(place)
+        return message if alone else f"{place}: {message}"
     wanted = OBJECTS[kind].format(**fault.get("ctx", {})) if kind in OBJECTS else message
     wanted = wanted.removeprefix("Value error, ")
     wanted = re.sub("^(Input|String|Tuple|List|Dictionary) should", "it must", wanted)

@@ -19,7 +19,9 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +38,7 @@ T = TypeVar("T")
 # default limit of a document read at once: Python keeps a text with one rare letter at four bytes
 # per letter, in several copies
 DOCUMENT_BYTES = 2**26
+BESIDE = 1000  # names compared with that of a missing file
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # left by `publish` when it is killed
 
 
@@ -81,7 +84,18 @@ def require_file(path: Path, what: str) -> None:
     try:
         local.require_regular(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no {what} at {path}") from None
+        raise ValueError(f"no {what} at {path}{_did_you_mean(path)}") from None
+
+
+def _did_you_mean(path: Path) -> str:
+    """Name the file or folder beside a missing one that has nearly its name."""
+    try:
+        beside = {one.stem: one for one in islice(path.parent.iterdir(), BESIDE)}
+    except OSError:
+        return ""
+    # suffixes would make all names alike
+    close = get_close_matches(path.stem, beside, n=1, cutoff=0.8)
+    return f"; did you mean {beside[close[0]]}?" if close else ""
 
 
 def join(url: str, *names: str) -> str:

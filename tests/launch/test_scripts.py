@@ -164,9 +164,19 @@ def test_urls_that_hold_none(project):
     ("words", "message"),
     [
         ((), "unknown job (none given); choose train, sweep, shard, evaluate or command"),
-        (("-p", "gpu", "train"), "unknown job gpu; choose"),
+        (("-p", "gpu", "train"), "unknown job gpu after -p; choose"),
         (("../other/train", "vanilla"), "unknown job ../other/train; choose"),
         (("train",), "name a recipe to train"),
+        (("train", "--seed", "1", "vanilla"), "name a recipe to train"),
+        (("train", "vanila"), "unknown recipe 'vanila'; did you mean 'vanilla'?"),
+        (("train", "wise-ft"), "wise-ft is not trained but merged"),
+        (("train", "vanilla", "--seed", "x"), "--seed must be a number"),
+        (("train", "vanilla", "--seed"), "--seed must be a number"),
+        (("train", "vanilla", "--run-dir"), "--run-dir must be a local folder"),
+        (("train", "vanilla", "--run", "s3://bucket/x"), "--run-dir must be a local folder"),
+        (("train", "vanilla", "--nodes=2"), "--nodes comes before the kind of job: launch/submit"),
+        (("train", "vanilla", "--dry-run"), "--dry-run comes before the kind of job"),
+        (("evaluate", "run", "--time", "1"), "--time comes before the kind of job"),
         (("shard", "imagenet-r"), "choose what to pack: imagenet or ood"),
         (("sweep", "--seed", "1"), "a sweep sets the run folder and the seed of each task"),
         (("evaluate",), "name at least one run"),
@@ -187,6 +197,131 @@ def test_without_settings_they_say_how_to_make_them(project, script):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "copy launch/cluster.env.example to launch/cluster.env and edit it" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("TIME=", "TIME must be the time limit"),
+        ("unset TIME", "TIME must be the time limit"),
+        ("GPUS_PER_NODE=two", "GPUS_PER_NODE must be a number"),
+        ("CPUS_PER_NODE=08", "CPUS_PER_NODE must be a number of at least 1"),
+        ("PROCESSES_PER_NODE=0", "PROCESSES_PER_NODE must be the number of ranks per node"),
+        ("DATA=", "DATA must be an absolute path or a URL"),
+        ("unset DATA", "DATA must be an absolute path or a URL"),
+        ("DATA=shards", "DATA must be an absolute path or a URL"),
+        ("RUNS=", "RUNS must be an absolute path"),
+        ("RUNS=s3://bucket/runs", "RUNS must be an absolute path"),
+        ("unset SBATCH_OPTIONS; SBATCH_OPTIONS=--partition=a", "SBATCH_OPTIONS must be an array"),
+        ("unset TRAIN_OPTIONS; TRAIN_OPTIONS='--precision fp32'", "TRAIN_OPTIONS must be an array"),
+        ("unset CPU_OPTIONS", "CPU_OPTIONS must be an array"),
+        ("TRAIN_OPTIONS=('--precision fp32')", "TRAIN_OPTIONS has an option and its value in one"),
+        ("unset -f setup", "the function setup is missing"),
+    ],
+)
+def test_a_wrong_setting_is_named(project, setting, says):
+    project.write_settings(setting)
+    for script, words in (("submit.sh", ["train", "vanilla"]), ("reproduce.sh", ["--dry-run"])):
+        result = project.launch(script, *words)
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: launch/cluster.env: {says}")
+    assert not project.runs.exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "GPUS_PER_NODE=a100:8",
+        "DATA=s3://bucket/rft",
+        "SBATCH_OPTIONS=(-p gpu --comment='two words' '--account=a b')",
+    ],
+)
+def test_a_right_setting_is_accepted(project, setting):
+    project.write_settings(setting)
+    dry(project, "train", "vanilla")
+
+
+def test_the_images_to_pack_are_named(project):
+    project.write_settings("OOD=")
+    result = project.launch("submit.sh", "shard", "ood")
+    assert result.returncode == 2
+    assert result.stderr == "error: launch/cluster.env: OOD must be the folder of the images\n"
+    dry(project, "shard", "ood", "--source", "world")
+
+
+@pytest.mark.usefixtures("sbatch")
+@pytest.mark.parametrize("kind", [["train"], ["sweep"], ["shard"], ["evaluate"]])
+def test_help_and_dry_run_may_follow_the_kind(project, kind):
+    for word in ("--help", "-h"):
+        assert project.launch("submit.sh", *kind, word).stdout.startswith("usage: ")
+    project.write_settings()
+    words = {"train": ["vanilla"], "shard": ["ood"], "evaluate": ["run"]}.get(kind[0], [])
+    result = project.launch("submit.sh", *kind, "--dry-run", *words)
+    assert result.stdout.startswith("sbatch --chdir=")
+    assert not project.runs.exists()
+
+
+def test_a_job_that_sbatch_refuses_leaves_nothing(project, sbatch):
+    project.write_settings()
+    accept, refuse = sbatch.read_text(), "#!/bin/sh\necho no such partition >&2\nexit 1\n"
+    sbatch.write_text(refuse)
+    run = project.runs / "vanilla-seed0"
+    result = project.launch("submit.sh", "train", "vanilla")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "no such partition",
+        f"error: sbatch failed, no job was submitted; {run} is unchanged",
+    ]
+    assert not run.exists()
+    # nor does it change a run that exists
+    sbatch.write_text(accept)
+    assert project.launch("submit.sh", "train", "vanilla").returncode == 0
+    sbatch.write_text(refuse)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert project.launch("submit.sh", "--partition=wrong", "train", "vanilla").returncode == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("sbatch")
+def test_a_resubmission_with_other_options_is_kept_beside_the_new_one(project):
+    project.write_settings()
+    run = project.runs / "vanilla-seed0"
+    result = project.launch("submit.sh", "train", "vanilla")
+    assert result.stderr == f"submitted train as job 123; log: {run}/job-123.log\n"
+    first = (run / "resubmit.sh").read_text()
+    assert "new options" not in project.launch("submit.sh", "train", "vanilla").stderr
+    assert not (run / "resubmit.sh.old").exists()
+    result = project.launch("submit.sh", "--nodes=2", "train", "vanilla")
+    assert (
+        f"resubmit.sh has new options; the previous one is {run}/resubmit.sh.old" in result.stderr
+    )
+    assert (run / "resubmit.sh.old").read_text() == first
+    assert " --nodes=2 " in (run / "resubmit.sh").read_text()
+    again = subprocess.run([run / "resubmit.sh"], capture_output=True, text=True)
+    assert again.stderr == f"log: {run}/job-NUMBER.log\n"
+
+
+def test_another_job_of_the_run_is_named(project, sbatch):
+    project.write_settings()
+    run = project.runs / "vanilla-seed0"
+    squeue = sbatch.with_name("squeue")
+    squeue.write_text(f"#!/bin/sh\necho 7 {run}1/job-7.log\necho 8 {run}/job-8.log\n")
+    squeue.chmod(0o755)
+    result = project.launch("submit.sh", "train", "vanilla")
+    assert result.returncode == 0
+    assert f"warning: job 8 for {run} is waiting or running already\n" in result.stderr
+
+
+def test_a_setup_that_fails_is_named(project):
+    project.write_settings("setup() { false; }")
+    # in a bash of its own: `||` would turn off its -e
+    job = "bash -euc 'source launch/job.sh; begin; echo began'"
+    said = bash(project, f"export SLURM_JOB_ID=5; {job} 2>&1 || echo failed")
+    header, *rest = said.splitlines()
+    assert header.endswith("job 5, attempt 0")
+    assert rest == ["error: setup in launch/cluster.env failed", "failed"]
 
 
 def test_the_example_has_every_setting(project):
@@ -431,7 +566,8 @@ def test_resubmitting_keeps_every_word(project, tmp_path):
     (folder / "code").mkdir(parents=True)
     words = ["two words", "$HOME", "it's", "*", "", "--x=1"]
     quoted = shlex.join(words)
-    bash(project, f"leave_resubmit {shlex.quote(str(folder))} train --account='a b' -- {quoted}")
+    words_of_job = f"train --account='a b' -- {quoted}"
+    bash(project, f"log=job-%j.log; leave_resubmit {shlex.quote(str(folder))} {words_of_job}")
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@"\n')
@@ -475,16 +611,17 @@ def test_a_busy_controller_is_asked_again(project, answers, tries, told):
     assert said.endswith("failed\n" if told else "waits for the end\n")
 
 
-def attempt(project: Project, ranks: str) -> str:
+def attempt(project: Project, ranks: str, settings: str = "") -> str:
     """The output of a training job on a GPU node whose ranks are a bash snippet."""
-    project.write_settings(GPUS)
+    project.write_settings(GPUS + settings)
     return bash(
         project,
         f"""
         export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=12 SLURM_JOB_PARTITION=p SLURM_JOB_NUM_NODES=1
         export PATIENCE=0
-        job_field() {{ if [ "$1" = JobState ]; then echo RUNNING; fi; }}
+        job_field() {{ case $1 in JobState) echo RUNNING ;; TimeLimit) echo 1:00 ;; esac }}
         misses_node() {{ false; }}
+        requeue() {{ echo "job $job requeued: $1"; exit 1; }}
         start_ranks() {{ echo "ranks: $*"; ({ranks}) & ranks=$!; }}
         source launch/cluster.env
         job=12 attempt=12-0 asked=no
@@ -501,6 +638,26 @@ def test_ranks_that_fail_without_having_advanced_are_not_started_again(project):
     said = attempt(project, "exit 1")
     assert "made no progress; not requeued" in said
     assert said.endswith("failed\n")
+
+
+def test_progress_of_another_job_in_the_folder_does_not_requeue_this_one(project):
+    """Both would be in the run folder of the second, whose options may be wrong."""
+    advance = """
+        echo '{"step": 5}' >"$run/progress.json"
+        echo '{"command": ["--cluster.stop-file", "/x/stop-JOB-0"]}' >"$run/provenance.json"
+        exit 1
+    """
+    assert "this job made no progress" in attempt(project, advance.replace("JOB", "11"))
+    shutil.rmtree(project.runs)
+    assert "job 12 requeued: failed after making" in attempt(project, advance.replace("JOB", "12"))
+
+
+def test_a_task_of_a_sweep_leaves_each_option_once(project):
+    attempt(project, "exit 0", "SBATCH_OPTIONS=(--partition=low --account=a)")
+    line = (project.runs / "vanilla-seed1" / "resubmit.sh").read_text().splitlines()[-1]
+    names = [word.partition("=")[0] for word in shlex.split(line) if word.startswith("--")]
+    assert len(names) == len(set(names))
+    assert {"--partition=p", "--account=a", "--nodes=1", "--time=1:00"} < set(shlex.split(line))
 
 
 def test_a_task_of_a_sweep_does_not_run_the_code_of_a_stranger(project):

@@ -115,7 +115,7 @@ def test_hidden_files_are_passed_over_and_counted(photos: Path) -> None:
     assert found.sources == before.sources
     assert before.notes == []
     assert found.notes == [
-        "skipped by name: 2 .*, 1 ._*, 1 Thumbs.db",
+        "skipped by name: 2 .* (hidden), 1 ._*, 1 Thumbs.db",
         "not read: photos/README.txt",
     ]
 
@@ -126,14 +126,18 @@ MISTAKES = {
     "beside": (lambda root: write_images(root, "1.jpg"), "1.jpg is not in a class folder"),
     "other file": (
         lambda root: (root / "dog" / "a.txt").write_text(""),
-        r"not an image: .*a\.txt;",
+        r"not a photo: .*a\.txt;",
     ),
     "two others": (
         lambda root: [(root / "dog" / name).write_text("") for name in ("b.gif", "a.bmp")],
-        r"not an image: .*a\.bmp \(and 1 more\)",
+        r"^2 files are not photos \(\.jpeg, ",
     ),
     "empty class": (lambda root: (root / "empty").mkdir(), "empty holds no images"),
     "unknown class": (lambda root: write_images(root, "cow/1.jpg"), "unknown class: folder 'cow'"),
+    "misspelt class": (
+        lambda root: (root / "dog").rename(root / "d\u00f6g"),
+        "folder 'd\u00f6g' .*did you mean 'dog', which has no folder",
+    ),
     "missing class": (lambda root: shutil.rmtree(root / "dog"), r"1 of 2 .* \(first: dog\)"),
     "loop": (lambda root: (root / "dog" / "again").symlink_to(root / "dog"), "was already read"),
 }
@@ -153,7 +157,9 @@ def test_all_that_cannot_be_used_is_one_error(photos: Path) -> None:
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).touch()
     write_images(photos, "fo*x/1.jpg", first_seed=90)
-    with pytest.raises(UnusableError, match=r"not an image: .*\(and 3 more\)") as caught:
+    with pytest.raises(
+        UnusableError, match=r"^4 files are not photos \(.*\); 2 class folders have too few photos"
+    ) as caught:
         read_folder(photos, None, 0.2, 0)
     assert len(caught.value.__notes__) == 6
     assert caught.value.ignore == ("*.heic", "*.mov", "read [[]me]", "fo[*]x", "heic only")
@@ -171,7 +177,7 @@ def test_headers_are_read_where_asked(photos: Path) -> None:
     found = read_folder(photos, None, 0.2, 0)
     assert found.warnings == []
     for max_bad in (0, 1):
-        with pytest.raises(UnusableError, match=r"is empty \(and 1 more\)") as caught:
+        with pytest.raises(UnusableError, match=r"^2 photos cannot be read") as caught:
             read_folder(photos, None, 0.2, 0, (), max_bad)
         assert (caught.value.damaged, caught.value.ignore) == (2, ())
     allowed = read_folder(photos, None, 0.2, 0, (), 2)
@@ -239,13 +245,28 @@ def test_the_same_image_on_two_sides(photos: Path) -> None:
     root = photos.parent / "split"
     shutil.copytree(photos, root / "train")
     write_images(root, "test/dog/9.jpg", "test/tabby_cat/9.jpg", first_seed=100)
-    assert same_bytes(read_folder(root, None, 0.2, 0).sources) == ([], [])
+    assert same_bytes(read_folder(root, None, 0.2, 0).sources) == ([], [], [])
     train, test = root / "train" / "dog", root / "test" / "dog"
     shutil.copy(train / "IMG 0.png", test / "copy.png")
     # twice in one class of one set: useless, but no fault of the test
     shutil.copy(train / "IMG 1.png", train / "own copy.png")
     same = same_bytes(read_folder(root, None, 0.2, 0).sources)
-    assert same == ([], [(str(train / "IMG 0.png"), str(test / "copy.png"))])
+    assert same == ([], [(str(train / "IMG 0.png"), str(test / "copy.png"))], [])
+
+
+def test_the_same_image_in_two_classes_and_two_sets(photos: Path, tmp_path, run) -> None:
+    root = photos.parent / "split"
+    shutil.copytree(photos, root / "train")
+    write_images(root, "test/dog/9.jpg", "test/tabby_cat/9.jpg", first_seed=100)
+    shutil.copy(root / "train" / "dog" / "IMG 0.png", root / "test" / "tabby_cat" / "copy.png")
+    code, _, err = run("--source", str(root), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert code == 0
+    first, pair = unstamped(err).splitlines()
+    assert first == (
+        "WARNING: 1 pair of equal images in two classes and in two sets; one label is wrong, and "
+        "testing on them is meaningless:"
+    )
+    assert pair.endswith("copy.png")
 
 
 def test_names() -> None:
@@ -352,6 +373,17 @@ def test_command_names_what_it_passes_over_and_equal_images(photos: Path, tmp_pa
     code, said, err = run(*arguments)
     assert (code, said) == (2, "")
     assert "--ignore '*.mov'" in err
+    (photos / "dog" / "IMG.HEIC").touch()
+    code, _, err = run(*arguments)
+    assert code == 2
+    head, *below = err.splitlines()
+    assert head == "error: 2 files are not photos (.jpeg, .jpg, .png, .webp)"
+    assert below == [
+        f"  not a photo: {photos}/dog/IMG.HEIC",
+        f"  not a photo: {photos}/tabby_cat/IMG 0.mov",
+        "  to skip them: --ignore '*.heic' '*.mov'",
+    ]
+    (photos / "dog" / "IMG.HEIC").unlink()
     (photos / "dog" / "notes").touch()
     # a repeated option adds to the first
     code, said, err = run(*arguments, "--ignore", "*.MOV", "--ignore", "notes")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rft.packing.layouts import read_source
 from rft.packing.names import SYSTEM_NAMES, passed_over
-from rft.packing.own_folder import Photos, choose_test, read_folder, same_bytes
+from rft.packing.own_folder import Photos, UnusableError, choose_test, read_folder, same_bytes
 from rft.packing.own_splits import role
 from rft.packing.pack import Options, pack
 from rft.packing.source import require_apart
@@ -415,7 +415,7 @@ def test_thumbnails_in_class_folders_are_passed_over(tmp_path: Path, place: str,
     fill(tmp_path, *(f"{place}{name}/{n}.jpg" for n in range(4)), f"{place}{name}/size.txt")
     after = read(tmp_path)
     assert (after.sources, after.labels) == (before.sources, before.labels)
-    counted = ".*" if name.startswith(".") else name.casefold()
+    counted = ".* (hidden)" if name.startswith(".") else name.casefold()
     assert after.notes == [f"skipped by name: 1 {counted}"]
 
 
@@ -464,8 +464,9 @@ def test_system_files_are_passed_over(tmp_path: Path, name: str) -> None:
 def test_ignore(tmp_path: Path) -> None:
     before = read(classes(tmp_path, "cat", "dog"))
     fill(tmp_path, "cat/1.MOV", "cat/2.mov", "dog/deep/1.aae", "dog/raw/1.jpg", "unsorted/1.jpg")
-    with pytest.raises(ValueError, match=r"not an image.*and 2 more.*--ignore '\*.aae' '\*.mov'"):
+    with pytest.raises(UnusableError, match=r"^3 files are not photos") as caught:
         read(tmp_path)
+    assert caught.value.ignore == ("*.aae", "*.mov", "unsorted")
     after = read(tmp_path, None, "*.mov", "*.AAE", "RAW", "unsorted", "*.heic")
     assert after.sources == before.sources
     assert after.notes == [
@@ -509,7 +510,7 @@ def test_files_that_end_alike_are_not_equal(tmp_path: Path) -> None:
     classes(tmp_path, "cat", "dog")
     (tmp_path / "cat/0.jpg").write_bytes(b"a" + bytes(100_000))
     (tmp_path / "dog/0.jpg").write_bytes(b"b" + bytes(100_000))
-    assert same_bytes(read(tmp_path).sources) == ([], [])
+    assert same_bytes(read(tmp_path).sources) == ([], [], [])
 
 
 SPOTS = st.tuples(st.sampled_from(["train", "test"]), st.integers(0, 2), st.integers(0, 3))
@@ -530,7 +531,13 @@ def test_every_equal_image_is_named(tmp_path_factory, spots) -> None:
         for path in (root / split).rglob("?.jpg"):
             path.write_text(str(path))
     same = same_bytes(read(root).sources)
-    assert bool(same.between_classes) == any(
+    for one, other in same.between_both:
+        (split, label), (other_split, other_label) = (
+            Path(path).relative_to(root).parts[:2] for path in (one, other)
+        )
+        assert split != other_split
+        assert label != other_label
+    assert bool(same.between_classes or same.between_both) == any(
         len({label for _, label in places}) > 1 for places in by_content.values()
     )
     assert bool(same.between_sets) == any(

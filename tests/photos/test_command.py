@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from PIL import Image
 
 from benchmarks.tiny_world import environment
 from rft.packing.own_folder import read_folder
-from rft.photos import command, record
+from rft.photos import command, plan, record
 from rft.report.read import load_runs
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests import tiny
 from tests.photos.photo_folders import name_classes, picture, write
+from tests.photos.test_plan import TASK
+from tests.report.make_runs import make_predicted
 
 CLIP = ("--model.clip", "rft-miniature")
 RUNS = {
@@ -174,10 +177,13 @@ def test_all_that_cannot_be_used_is_named_at_once_with_the_command(tmp_path, cap
     write(root, [1], ["lone"])
     options = words(root, out, "--dry-run", "--ignore", "*.mov")
     line, *notes = complaint(capsys, *options)
-    assert line.startswith(f"error: not an image: {root}/c000/IMG_1.HEIC (and 1 more); class ")
+    assert line == (
+        "error: 2 files are not photos (.jpeg, .jpg, .png, .webp); 2 photos cannot be read; "
+        "1 class folder has too few photos"
+    )
     assert [note.removeprefix("  ").replace(f"{root}/", "") for note in notes[:-1]] == [
-        "not an image: c000/IMG_1.HEIC",
-        "not an image: c001/about [1]",
+        "not a photo: c000/IMG_1.HEIC",
+        "not a photo: c001/about [1]",
         "c001/7.png cannot be read: Truncated File Read",
         "c001/empty.jpg is empty",
         "one image: lone",
@@ -189,6 +195,8 @@ def test_all_that_cannot_be_used_is_named_at_once_with_the_command(tmp_path, cap
     # the ignored class needs no words
     text = dry(root, out, *typed[3 + len(options) :], folders=["c000", "c001"])
     assert "empty.jpg is empty; it is left out (--max-bad)" in text
+    # counts without the photos that are left out
+    assert re.search(r"17 photos of 2 classes; \d+ to train on, \d+ to test with, 2 left out", text)
     assert "skipped by name: 1 *.heic (--ignore), 1 about [[]1] (--ignore), 1 lone" in text
 
 
@@ -197,7 +205,7 @@ def test_unbalanced_classes_are_named(tmp_path):
     text = dry(write(tmp_path / "photos", [200, 2]), tmp_path / "out")
     assert "unbalanced: red bricks zero has 160 photos to train on, red bricks one 1;" in text
     assert "too few photos to hold some out of training" in text
-    assert "wise-object-mask-single-fill-0.5 is exported" in text
+    assert "wise-object-mask-single-fill-0.5 is exported by default" in text
     assert "200 to train on would be enough, with two or more of each class; you have 161" in text
 
 
@@ -229,8 +237,14 @@ def test_photos_that_fail_in_decoding_are_named_by_packing(tmp_path):
         path.write_bytes(path.read_bytes()[:200])
     result = photos(root, out, "--epochs", 0)
     assert result.returncode != 0
-    (line,) = [line for line in tiny.complaints(result.stderr) if line.startswith("error: ")]
+    line, again = [
+        line
+        for line in tiny.complaints(result.stderr)
+        if line.startswith(("error: ", "  to resume: "))
+    ]
     assert re.search(r"c001/[67]\.png", line)
+    words_again = shlex.join(["python", "-m", "rft.photos", *words(root, out, "--epochs", 0)])
+    assert again == f"  to resume: {words_again}"
     result = photos(root, out, "--epochs", 0, "--max-bad", 2)
     assert result.returncode == 0, result.stderr
     assert "WARNING: --epochs 0 trains nothing" in result.stderr
@@ -256,7 +270,39 @@ def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "200 to train on would be enough; you have 199" in result.stdout
     assert not (out / "choice.json").exists()
-    assert result.stdout.splitlines()[-5] == "chosen: wise-object-mask-single-fill-0.5"
+    end = "exported by default (no held-out photos to choose by): wise-object-mask-single-fill-0.5"
+    assert end in result.stdout.splitlines()
+    page = (out / "report" / "index.html").read_text()
+    assert "Exported by default (no held-out images to choose by): wise-object-mask" in page
+    assert "Chosen without" not in page
+    assert "(exported)" in page
+
+
+@pytest.mark.slow
+def test_a_better_model_is_named_with_the_commands_that_export_it(tmp_path, capsys):
+    task = replace(TASK, out=tmp_path)
+    skills = {"zero-shot": 0.2, "wise-ft-0.5": 0.9, "vanilla": 0.8, plan.OURS: 0.4}
+    for name, skill in skills.items():
+        path = make_predicted(task.out / "runs", name, skill=skill, images=200, sets=("test",))
+        path.rename(task.run(name))
+    command._say_end(task, task.run(plan.OURS), 0, 1.0)
+    *_, alarm, merge, export = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        "alarm: wise-ft-0.5 is significantly better than the exported model on the test photos "
+        r"\(\+\d\d\.\d points\); to export it:",
+        alarm,
+    )
+    runs = tmp_path / "runs"
+    assert merge == (
+        f"  merge: python -m rft.merge wise {runs}/zero-shot {runs}/vanilla --alpha 0.5 "
+        f"--out {runs}/wise-ft-0.5"
+    )
+    assert export == (
+        f"  export: python -m rft.convert export {runs}/wise-ft-0.5 --to open-clip "
+        f"--out {tmp_path}/model-wise-ft-0.5"
+    )
+    command._say_end(task, task.run("wise-ft-0.5"), 10, 1.0)
+    assert "alarm" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -270,6 +316,10 @@ def test_copies_in_training_and_test_are_an_alarm(tmp_path):
     assert result.stderr.count("of equal images in two sets") == 1
     (alarm,) = [line for line in tiny.complaints(result.stderr) if "is too high" in line]
     assert "were in the training set of" in alarm
+    # its files, below the source
+    assert re.search(r" images of test \(c00[01]/(copy of )?\d\.png, ", alarm)
+    # one warning for all models
+    assert result.stderr.count("points too high") == 1
     # zero-shot was trained on nothing
     assert "zero-shot," not in alarm
     assert "accuracy is too high" in (out / "report" / "index.html").read_text()

@@ -58,7 +58,8 @@ def test_an_average_is_written_only_if_it_was_chosen():
         chosen = TASK.run(recipe)
         names = [stage.name for stage in plan.end(TASK, chosen)]
         assert names == ["export", "report"]
-        assert str(chosen) in plan.export(TASK, chosen).words
+        (export,) = plan.export(TASK, chosen, TASK.model)
+        assert str(chosen) in export.words
 
 
 def test_zero_shot_is_given_no_number_of_a_training():

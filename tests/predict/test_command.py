@@ -267,3 +267,6 @@ def test_there_must_be_something_to_read(home, tmp_path, refused):
     assert "name at least one image" in refused(command, home.run)
     assert "empty holds no images" in refused(command, home.run, tmp_path / "empty")
     assert "no weights at" in refused(command, tmp_path / "none", __file__)
+    (tmp_path / "model").mkdir()
+    line = refused(command, tmp_path / "models", __file__)
+    assert line.endswith(f"no weights at {tmp_path}/models; did you mean {tmp_path}/model?")

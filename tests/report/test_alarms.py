@@ -31,6 +31,24 @@ def test_a_significant_loss_against_zero_shot_is_an_alarm(tmp_path):
     assert report.summary.warnings[0] == line
 
 
+def test_an_exported_model_that_others_beat_is_an_alarm(tmp_path):
+    options = {"images": 200, "sets": ("test",)}
+    zero_shot, exported, best = [
+        make_predicted(tmp_path, name, skill=skill, **options)
+        for name, skill in (("zero-shot", 0.2), ("no-mask", 0.4), ("vanilla", 0.8))
+    ]
+    runs = load_runs([zero_shot, exported, best])
+    (line,) = compose(runs, draw=False, chosen=exported).summary.alarms
+    assert line.startswith(
+        "The exported model, no-mask, is significantly worse than others on test: vanilla +"
+    )
+    assert "zero-shot" not in line
+    assert compose(runs, draw=False, chosen=best).summary.alarms == []
+    # one alarm, although zero-shot is better too
+    (line,) = compose(runs, draw=False, chosen=zero_shot).summary.alarms
+    assert line.index("vanilla") < line.index("no-mask")
+
+
 def test_a_gain_and_a_report_without_zero_shot_have_none(tmp_path):
     options = {"images": 200, "sets": ("test",)}
     zero_shot = make_predicted(tmp_path, "zero-shot", skill=0.4, **options)

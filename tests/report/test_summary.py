@@ -28,7 +28,8 @@ def test_what_was_compared():
         "(1,000), V2 (1,000), R (1,000), Sketch (1,000), ObjectNet (1,000), A (1,000)."
     )
     assert summary([run_of("vanilla", 0, ALL[:1])]).compared == (
-        "1 system from 1 run, 1 seed of each. Test images: ImageNet (1,000)."
+        "1 system from 1 run, 1 seed of each (the variation between trainings is not known). "
+        "Test images: ImageNet (1,000)."
     )
 
 
@@ -44,9 +45,10 @@ def test_counts_alone_do_not_say_whether_it_could_be_chance():
         "same test images, it is slightly too optimistic."
     )
     assert others == [
-        "+3.0 points over vanilla; significance unknown, because there are no predictions.",
-        "+2.0 points over no-mask, the best baseline; significance unknown, because there are no "
-        "predictions.",
+        "object-mask-single-fill: +3.0 points over vanilla; significance unknown, because there "
+        "are no predictions.",
+        "object-mask-single-fill: +2.0 points over no-mask, the best baseline; significance "
+        "unknown, because there are no predictions.",
     ]
 
 
@@ -54,14 +56,14 @@ def test_vanilla_as_the_best_baseline_stands_once():
     runs = [run_of("vanilla", 0, better(1)), run_of("zero-shot", 0, ALL), run_of("x", 0, better(2))]
     _, *others = summary(runs).conclusions
     (line,) = others
-    assert line.startswith("+1.0 points over vanilla, the best baseline;")
+    assert line.startswith("x: +1.0 points over vanilla, the best baseline;")
 
 
 def test_a_baseline_may_be_the_best():
     runs = [run_of("vanilla", 0, ALL), run_of("no-mask", 0, better(1)), run_of("x", 0, ALL)]
     best, line = summary(runs).conclusions
     assert best.startswith("Highest OOD avg: no-mask")
-    assert line.startswith("+1.0 points over vanilla;")
+    assert line.startswith("no-mask: +1.0 points over vanilla;")
 
 
 def test_one_system_is_not_the_best_of_anything():
@@ -103,9 +105,12 @@ def warnings(runs):
 
 def test_one_seed_is_warned_of_and_zero_shot_has_no_other():
     runs = [run_of("vanilla", 0, ALL), run_of("zero-shot", 0, ALL)]
-    assert "vanilla: one seed" in warnings(runs)
-    assert "All systems have one seed" in warnings(runs[:1])
-    assert "one seed" not in warnings([*runs, run_of("vanilla", 1, ALL)])
+    assert "one seed" not in warnings(runs)
+    assert "(the variation between trainings is not known)" in summary(runs).compared
+    several = [*runs, run_of("vanilla", 1, ALL)]
+    assert "one seed" not in warnings(several)
+    assert "is not known" not in summary(several).compared
+    assert "no-mask: one seed" in warnings([*several, run_of("no-mask", 0, ALL)])
 
 
 def test_missing_sets_are_named():

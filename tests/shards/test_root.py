@@ -44,6 +44,9 @@ def root(tmp_path) -> Path:
         ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one "
          "with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), or "
          "check --data"),
+        # a benchmark that is not packed yet is no typing error of a similar name
+        ("shards/imagenet-v2", "{root}/shards has the sets imagenet-train, imagenet-val; pack "
+         "imagenet-v2 too (docs/data.md), or name one with --train-set NAME"),
         ("imagenet-val", "{root}/shards has the sets imagenet-train, imagenet-val; did you mean "
          "--data {root}/shards?"),
         ("shards/imagenet-train/imagenet-train", "{root}/shards/imagenet-train is a packed set "
@@ -87,9 +90,13 @@ def test_a_root_with_many_folders(tmp_path):
 
 def test_the_commands_say_it(tiny_data, refused, tmp_path):
     sets = f"{tiny_data} has the sets imagenet-a, imagenet-r, imagenet-train, imagenet-val"
-    line = refused(evaluate_command, tmp_path, "--data", tiny_data, "--sets", "imagenet-w")
+    model = tmp_path / "model.safetensors"
+    line = refused(evaluate_command, model, "--data", tiny_data.parent)
+    assert str(model) in line  # the run is checked before the data
+    model.touch()
+    line = refused(evaluate_command, model, "--data", tiny_data, "--sets", "imagenet-w")
     assert sets in line
-    line = refused(evaluate_command, tmp_path, "--data", tiny_data.parent)
+    line = refused(evaluate_command, model, "--data", tiny_data.parent)
     assert f"did you mean --data {tiny_data}?" in line
     run = ("--run-dir", tmp_path / "run")
     line = refused(train_command, "vanilla", "--data", tiny_data, "--train-set", "tests", *run)
@@ -135,8 +142,10 @@ def test_every_command_refuses_another_set(tiny_data, tmp_path, refused):
         renamed(tiny_data, tmp_path, name)
     run, data = tmp_path / "run", ("--data", tmp_path)
     train, val, r = (f"{tmp_path}/{name} is named {name}, but holds" for name in names)
-    assert r in refused(evaluate_command, run, *data, "--sets", "imagenet-r")
-    assert val in refused(evaluate_command, run, *data)
+    model = tmp_path / "model.safetensors"
+    model.touch()
+    assert r in refused(evaluate_command, model, *data, "--sets", "imagenet-r")
+    assert val in refused(evaluate_command, model, *data)
     assert train in refused(localisation, run, *data, "--masks", run)
     assert r in refused(localisation, run, *data, "--masks", run, "--set", "imagenet-r")
     assert val in refused(convert, "import", run, "--out", run, *data)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field, replace
@@ -76,6 +77,8 @@ def main() -> None:
     try:
         photos = read_folder(source, labels, command.test_share, command.split_seed, ignore)
     except UnusableError as error:
+        if error.ignore and error.several:
+            error.add_note(f"to skip them: --ignore {shlex.join(error.ignore)}")
         if error.holds_out:
             error.add_note("or pack without a test set: --test-share 0")
         raise
@@ -128,6 +131,11 @@ def warn(photos: Photos) -> None:
         log.warning(f"{len(photos.warnings) - LINES:,} more such warnings")
     same = same_bytes(photos.sources)
     warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
+    warn_of_pairs(
+        same.between_both,
+        "of equal images in two classes and in two sets; one label is wrong, and testing on them "
+        "is meaningless",
+    )
     warn_of_pairs(same.between_sets, "of equal images in two sets; testing on them is meaningless")
 
 
