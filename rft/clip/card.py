@@ -77,6 +77,8 @@ class Card:
     settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
+    card_sha256: Sha256 | None = None
+    """Hash of the other fields, by which an edited card is recognised."""
 
     def __post_init__(self) -> None:
         if self.label_space is not None and len(self.label_space) != self.head.classes:
@@ -102,6 +104,18 @@ class Card:
             return None
         prompts = self.prompts_sha256 or ""
         return Classes(ids=self.class_ids or (), names=self.classes, prompts_sha256=prompts)
+
+
+def with_hash(document: dict[str, Any]) -> dict[str, Any]:
+    """Add the hash of the other fields to a card's document."""
+    others = {name: value for name, value in document.items() if name != "card_sha256"}
+    return others | {"card_sha256": files.sha256_json(others)}
+
+
+def is_edited(path: Path) -> bool:
+    """Whether the card at a path was changed since its export; False for a card without hash."""
+    found: Any = documents.parse(files.read_bytes(str(path), header.BYTES), str(path))
+    return found.get("card_sha256") not in (None, with_hash(found)["card_sha256"])
 
 
 def read(path: Path) -> Card | None:

@@ -18,11 +18,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from rft.classes import Classes
-from rft.clip import vit
+from rft.clip import card, vit
 from rft.clip.architecture import Architecture, read_header
-from rft.clip.weights import difference, read_safetensors
+from rft.clip.weights import card_path, difference, read_safetensors
 from rft.runs import header
 from rft.runs.derived import require_weights
+from rft.runs.filenames import SELECTED
 from rft.storage import files
 
 
@@ -183,6 +184,9 @@ def map_state(path: Path) -> Saved:
     Raises:
         ValueError: if it is missing, damaged, or was not written by rft.
     """
+    folder = path.parent.parent
+    if folder / SELECTED == path and not path.exists() and (own := card.read(card_path(folder))):
+        raise ValueError(f"{folder} is an export; name its run: {own.source.path}")
     require_weights(path)
     state, metadata = read_safetensors(path)
     entries = header.entries(metadata, path)

@@ -212,7 +212,7 @@ def require_fit(found: Weights, architecture: Architecture) -> None:
         names = ", ".join(names_of(found)) or "none"
         raise ValueError(
             f"{found.files[0]} has a different image tower ({found.geometry}) than "
-            f"{architecture.clip} ({wanted}); open_clip's models of this shape: {names}"
+            f"{architecture.clip} ({wanted}); models of this shape: {names}"
         )
     if changed := weights.difference(expected, found.visual):
         raise ValueError(f"{found.files[0]} does not fit {architecture.clip}: it has {changed}")
@@ -255,10 +255,12 @@ def _require_activation(what: str, quick: bool, architecture: Architecture) -> N
 
 
 def names_of(found: Weights) -> list[str]:
-    """List open_clip's models whose image tower has the geometry of the weights."""
+    """List the models whose image tower has the geometry of the weights."""
     names = []
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name)
+    for name in (*open_clip.list_models(), MINIATURE):
+        config: Any = open_clip.get_model_config(name)
+        if name == MINIATURE:
+            config = hub_config(name).model_cfg
         assert config is not None, f"open_clip lists {name} but has no configuration for it"
         vision: Any = CLIPVisionCfg(**config["vision_cfg"])
         # a ResNet has a list of layers

@@ -178,7 +178,7 @@ def read(path: Path) -> Weights:
             f"{path} has an unknown format; supported are safetensors, files of torch.save or "
             "torch.jit.save, and pickles"
         )
-    return _with_card(found, path.with_name(f"{path.name}.json"))
+    return _with_card(found, card_path(path))
 
 
 def _read_folder(folder: Path) -> Weights:
@@ -200,9 +200,14 @@ def _read_folder(folder: Path) -> Weights:
         tensors, _ = read_safetensors(head)
         tensors = _as_head(head, tensors, found.geometry)
         found = dataclasses.replace(found, head=tensors, files=(path, head))
-    found = _with_card(found, folder / CARD)
+    found = _with_card(found, card_path(folder))
     # last, because header and card name the model, and this only the folder
     return dataclasses.replace(found, architecture=found.architecture or described)
+
+
+def card_path(path: Path) -> Path:
+    """Return the path of the card that an export has in its folder, or beside its file."""
+    return path / CARD if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
 def _with_card(found: Weights, path: Path) -> Weights:

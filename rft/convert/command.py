@@ -1,6 +1,6 @@
 """Import and export weights: `python -m rft.convert import|export ...`.
 
-    python -m rft.convert import FILE --out RUN --clip ViT-B-32-quickgelu [--data URL]
+    python -m rft.convert import FILE --out RUN --clip ViT-B-32-quickgelu [--data URL [--set SET]]
     python -m rft.convert export RUN --to open-clip --out FOLDER
 
 `import` makes a run folder, which rft.evaluate, rft.merge and rft.report accept like that of a
@@ -15,7 +15,8 @@ from rft.convert.imports import Import, import_weights
 
 USAGE = """Import weights from other code, and export models for other code.
 
-usage: python -m rft.convert import FILE --out RUN [--clip NAME] [--data URL]
+usage: python -m rft.convert import FILE --out RUN [--clip NAME]
+                             [--data URL [--set SET]]
        python -m rft.convert export RUN_OR_FILE --to FORMAT --out PATH
                              [--text TAG_OR_FILE] [--push hf://USER/NAME]
 

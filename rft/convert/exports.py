@@ -38,6 +38,7 @@ from rft.shards.manifest import Manifest
 from rft.statistics.accuracy import mean_of_groups, per_group, wilson
 from rft.storage import files
 
+SHOWN = 3  # differences in an error
 SUFFIXES = {"onnx": ".onnx", "released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ class Export:
     (head.safetensors), load.py, which classifies with open_clip alone, and a page about the model
     (README.md).
 
-    onnx: a file (.onnx) of image tower and head. Input are RGB images as bytes (N, 3, size, size),
-    resized and cropped; output are logits. It needs `pip install '.[onnx]'` in rft's clone.
+    onnx: a file (.onnx) of image tower and head. The input is RGB images as bytes (N, 3, size,
+    size), resized and cropped; the output is logits. It needs
+    `pip install '.[onnx]'` in rft's clone.
 
     released: a checkpoint (.pt) of the code released with the paper.
 
@@ -111,7 +113,10 @@ def export_weights(arguments: Export) -> None:
     source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
     # checked before the tensors are copied into the bytes of the format, which may be gigabytes
-    old = _require_same_export(out, card_path, to, source)
+    old = _require_same_export(arguments, card_path, source, config)
+    if old and _is_kept(out, card_path, old):
+        _push(arguments, repo, old)
+        return
     results = _results_of(arguments.source)
     sets = results.sets if results else {}
     metrics = {name: _numbers(arguments.source, name, count) for name, count in sets.items()}
@@ -124,17 +129,20 @@ def export_weights(arguments: Export) -> None:
     if to == "open-clip":
         described = _with_page(described, folder, old, contents)
     # the card is written first, so that a stopped export is recognised and the command can be rerun
-    files.write_json(
-        str(card_path),
-        dataclasses.asdict(described)
-        | {"trained_on": trained_on.as_lists(described.trained_on or ())},
-    )
+    document = dataclasses.asdict(described)
+    document["trained_on"] = trained_on.as_lists(described.trained_on or ())
+    files.write_json(str(card_path), card.with_hash(document))
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
     cli.say(f"exported: {out}, described in {card_path}")
+    _push(arguments, repo, described)
+
+
+def _push(arguments: Export, repo: str, described: card.Card) -> None:
     if repo:
         names = {weights.CARD, model_card.NAME, *described.files}
-        cli.say(f"pushed: {push.push(folder, names, repo, private=arguments.private)}")
+        pushed = push.push(arguments.out, names, repo, private=arguments.private)
+        cli.say(f"pushed: {pushed}")
 
 
 def _check(arguments: Export) -> str:
@@ -381,9 +389,13 @@ def _renamed(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Te
 
 
 def _require_same_export(
-    out: Path, card_path: Path, to: Format, source: card.Source
+    arguments: Export, card_path: Path, source: card.Source, config: RunConfig | None
 ) -> card.Card | None:
-    """Check that --out is empty or holds this same export; return the card of the latter."""
+    """Check that --out is empty or holds this same export; return the card of the latter.
+
+    The run's path is not compared: it has several spellings, and a run may move.
+    """
+    out = arguments.out
     there = any(out.iterdir()) if out.is_dir() else out.exists()
     if not there and not card_path.exists():
         return None
@@ -391,11 +403,43 @@ def _require_same_export(
     if old is None:
         raise ValueError(f"{out if there else card_path} already exists; choose another --out")
     before, now = (
-        {"format": kind, "source": dataclasses.asdict(origin)}
-        for kind, origin in ((old.format, old.source), (to, source))
+        # the hash is shortened, because it is printed
+        {"format": to, "weights": origin.sha256[:12], "text": _resolved(origin.text), **rest}
+        for to, origin, rest in (
+            (old.format, old.source, {"seed": old.seed, "settings": settings(old.settings)}),
+            (
+                arguments.to,
+                source,
+                {
+                    "seed": config.seed if config else None,
+                    "settings": settings(config.whole) if config else {},
+                },
+            ),
+        )
     )
     if changed := files.difference(before, now):
         raise ValueError(
-            f"{out} holds a different export: {'; '.join(changed)}; choose another --out"
+            f"{out} holds a different export: {'; '.join(changed[:SHOWN])}; choose another --out"
         )
     return old
+
+
+def _resolved(text: str) -> str:
+    """Resolve a --text that names a file or folder, so that equal ones compare equal."""
+    path = Path(text.removeprefix(load.LOCAL))
+    return str(path.resolve()) if text and path.exists() else text
+
+
+def _is_kept(out: Path, card_path: Path, old: card.Card) -> bool:
+    """Whether the card of an export was edited, so that the export is kept; announces it.
+
+    Raises:
+        ValueError: if a file of such an export is missing.
+    """
+    if not card.is_edited(card_path):
+        return False
+    for path in (card_path.parent / name for name in old.files):
+        if not path.exists():
+            raise ValueError(f"{card_path} was edited, but {path} is missing; choose another --out")
+    log.info(f"{card_path} was edited, so this export is kept; choose another --out for a new one")
+    return True

@@ -17,7 +17,7 @@ from torch import Tensor
 from rft import cli, dist
 from rft import next_steps as commands
 from rft.classes import Classes, check_head
-from rft.clip import load, weights
+from rft.clip import card, load, weights
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Saved, require_finite
 from rft.clip.head import zero_shot_head
@@ -157,6 +157,12 @@ def _from_file(path: Path, clip: str) -> Found:
     # without a head the complete CLIP is loaded later, which also warns
     if read.config and read.head:
         load.warn_of_resize(str(path), read.config.preprocess_cfg)
+    own = card.read(weights.card_path(path))
+    if own and own.temperature is not None:
+        log.warning(
+            f"the temperature of {path}, {own.temperature:.4g}, is not imported; fit it again with "
+            "python -m rft.evaluate --temperature, or use the export itself"
+        )
     source = {
         "format": read.format,
         "path": str(path),
@@ -174,7 +180,7 @@ def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
         named = load.architecture_of(clip)
         return dataclasses.replace(named, mean=own.mean, std=own.std) if own else named
     if own is None:
-        names = ", ".join(load.names_of(read)) or "none that open_clip knows"
+        names = ", ".join(load.names_of(read)) or "none that open_clip or rft knows"
         raise ValueError(
             f"{path} does not name its model ({read.geometry}); add --clip NAME; models of this "
             f"shape: {names}"
@@ -192,7 +198,7 @@ def _with_head(found: Found, manifest: Manifest | None, arguments: Import) -> di
     if manifest is None:
         raise ValueError(
             f"{file} has no classification head; its text tower makes one from the class names of "
-            "a packed set: --data URL [--set imagenet-val]"
+            "a packed set: --data URL [--set SET]"
         )
     text_tower.require_named(found.text.clip, "--clip", arguments.clip, file)
     clip = load.load_clip(found.text)

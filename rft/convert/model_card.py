@@ -25,7 +25,7 @@ MARKS = re.compile(
     r"[\\`*_{}\[\]<>()#+!|~&:@$^]|^[-=]|(?<=www)\.|(?<!\w)\.|\.(?!\w)", re.IGNORECASE
 )
 # of pre-trained weights, by the start or end of their repository's name; from their own pages
-LICENCES = {"laion/": "MIT", ".openai": "MIT"}
+LICENCES = {"laion/": "MIT", ".openai": "MIT", MINIATURE: "Apache-2.0"}  # the last is rft's own
 IMAGENET = "ILSVRC/imagenet-1k"  # on the hub
 SETTINGS = (
     *("method.mask", "method.fill", "method.rate", "method.threshold", "method.distill_weight"),
@@ -196,7 +196,8 @@ def _limits(card: Card) -> Iterator[str]:
 
 
 def _licences(card: Card) -> Iterator[str]:
-    base = card.base_model or ""
+    clip = card.architecture.clip
+    base = clip if clip == MINIATURE else card.base_model or ""
     found = [one for part, one in LICENCES.items() if base.startswith(part) or base.endswith(part)]
     named = f" ({_text(base)})" if base else ""
     yield f"- Pre-trained weights{named}: {found[0] if found else 'unknown'}."

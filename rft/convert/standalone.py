@@ -5,12 +5,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parent
+
+
+def read(path: str) -> Image.Image:
+    """Read an image as rft does: upright, on white, 16-bit grey reduced to its high byte."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode != "P" and "transparency" in image.info:  # Pillow may scale it wrongly
+        raise OSError(f"{path}: one of its colours is transparent; save it with an alpha channel")
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" not in image.mode and "transparency" not in image.info:
+        return image.convert("RGB")
+    rgba, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
 
 
 @torch.no_grad()
@@ -20,7 +35,7 @@ def classify(paths: list[str]) -> tuple[list[str], torch.Tensor]:
     loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
     model, _, transform = loaded
     head = load_file(FOLDER / "head.safetensors")
-    images = torch.stack([transform(ImageOps.exif_transpose(Image.open(path))) for path in paths])
+    images = torch.stack([transform(read(path)) for path in paths])
     features = model.eval().encode_image(images, normalize=True)
     logits = features @ head["head.weight"].T + head["head.bias"]
     names = card["classes"] or [f"class {n}" for n in range(logits.shape[1])]

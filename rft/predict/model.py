@@ -156,6 +156,8 @@ class Model:
             ValueError: as `classify`, for an unknown class, or if the number of classes differs
                 from that of the images.
         """
+        if isinstance(classes, str | int):  # a name's letters would be taken for classes
+            raise ValueError(f"{classes!r} is one class; pass a list with a class for each image")
         labels = None if classes is None else torch.tensor([self.label_of(one) for one in classes])
         side = self.image_size // self.classifier.patch_side
         maps, count = [np.empty((0, side, side), np.float32)], 0
@@ -278,11 +280,9 @@ def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_P
         ValueError: if `path` holds no model, a file is damaged or does not fit the others, or the
             weights have no head.
     """
-    files.require_local(path, "the model")
+    path = require_model(path)
     if device not in (known := get_args(Device)):
         raise cli.unknown("device", str(device), known)
-    path = Path(path)
-    require_model(path)
     found, sha256 = _read(path)
     assert found.architecture is not None
     require_finite(path, {**found.visual, **found.head})
@@ -298,21 +298,32 @@ def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_P
     )
 
 
-def require_model(path: Path) -> None:
-    """Refuse paths that are easily mistaken for a model: an image, or the folder above a model.
+def require_model(name: str | Path) -> Path:
+    """Return the path of a model; it may start with `local-dir:`, as in open_clip, or with `~`.
 
     Raises:
-        ValueError: with the likely intention.
+        ValueError: if it is easily mistaken for a model: one of the model hub, an image, or the
+            folder above a model; with the likely intention.
     """
+    name = str(name)
+    if name.startswith(clips.HUB):
+        raise ValueError(
+            f"{name} is on the model hub; download it: hf download "
+            f"{name.removeprefix(clips.HUB)} --local-dir FOLDER, then name FOLDER"
+        )
+    name = name.removeprefix(weights.LOCAL)
+    files.require_local(name, "the model")
+    path = Path(name).expanduser()
     if has_image_suffix(path.name) and not path.is_dir():
         raise ValueError(
             f"{path} is an image; name the model first: a run folder, an export or a weights file"
         )
     if not path.is_dir() or checkpoint_path(path).is_file() or (path / weights.HUB_CONFIG).exists():
-        return
+        return path
     # the layout of `rft photos`
     if (path / EXPORT / weights.HUB_CONFIG).is_file():
         raise ValueError(f"{path} is not a model; did you mean {path / EXPORT}?")
+    return path
 
 
 def _read(path: Path) -> tuple[weights.Weights, str]:
@@ -331,7 +342,7 @@ def _read(path: Path) -> tuple[weights.Weights, str]:
     if not found.head:
         raise ValueError(
             f"{path} has no classification head; make a run folder with one for your classes: "
-            f"python -m rft.convert import {path} --data URL --out RUN"
+            f"python -m rft.convert import {path} --data URL --set SET --out RUN"
         )
     if found.architecture is None:
         raise ValueError(
@@ -377,5 +388,5 @@ def _temperature(path: Path, sha256: str) -> float | None:
                 "evaluate it again with --temperature"
             )
     # the card's hash was compared when the weights were read
-    own = card.read(path / weights.CARD if path.is_dir() else path.with_name(f"{path.name}.json"))
+    own = card.read(weights.card_path(path))
     return own.temperature if own else None

@@ -16,7 +16,7 @@ from rft.runs.folder import recorded_sha256, require_no_links, require_own_weigh
 from rft.runs.records import ORIGINS, RunConfig
 from rft.storage import files
 
-SHOWN = 3  # differences in an error
+SHOWN = 3  # differences, or runs, in an error
 # the recipe of a soup or a Model Stock and the fit of an ensemble are known only afterwards
 LATER_KNOWN = ("data", "soup", "stock", "fitted")
 
@@ -85,6 +85,13 @@ def require_weights(weights: Path) -> None:
             raise ValueError(
                 f"{folder} is an average without weights, made by rft.evaluate --wise or --soup; "
                 f"write them: {_merge_command(folder, config)}"
+            )
+        # the folder above a run, or the --out of rft photos
+        found = [*folder.glob(f"*/{SELECTED}"), *folder.glob(f"runs/*/{SELECTED}")]
+        if runs := sorted(str(one.parent.parent) for one in found):
+            more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
+            raise ValueError(
+                f"no checkpoint at {weights}; name one of the runs: {', '.join(runs[:SHOWN])}{more}"
             )
     files.require_file(weights, "checkpoint")
 

@@ -11,7 +11,10 @@ from rft.storage.urls import set_name
 
 LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
-CHOOSE = "name one with --train-set NAME (training) or --sets NAME (evaluation), or check --data"
+CHOOSE = (
+    "name one with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), "
+    "or check --data"
+)
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:

@@ -683,7 +683,7 @@ def test_another_geometry_is_one_error_that_names_the_right_model(known_models, 
     line = str(refused.value)
     assert "4 x 4 patches of 4 px" in line
     assert "2 x 2 patches of 8 px" in line
-    assert line.endswith(f"open_clip's models of this shape: {formats.NAME}")
+    assert line.endswith(f"models of this shape: {formats.NAME}")
     with pytest.raises(ValueError, match=f"shape: .*{formats.GELU_NAME}(,|$)"):
         load_file_as(made / "epoch_3.pt", "ViT-B-32")
 

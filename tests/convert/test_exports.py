@@ -296,7 +296,47 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
     formats.write_released(tmp_path / "other.pt", formats.build_state(1))
     convert("import", tmp_path / "other.pt", "--out", tmp_path / "run2", "--clip", formats.NAME)
     line = refused("export", tmp_path / "run2", *hub)
-    assert "holds a different export: source.path" in line
+    assert "holds a different export: weights: '" in line
+    assert len(line.replace(str(tmp_path), "")) < 150
+
+
+def test_the_same_run_by_a_different_path_is_the_same_export(
+    convert, refused, run, tmp_path, openai, monkeypatch
+):
+    hub = ("--to", "open-clip", "--out", tmp_path / "hub")
+    convert("export", run, *hub, "--text", openai)
+    monkeypatch.chdir(tmp_path)
+    convert("export", run.name, *hub, "--text", openai.name)
+    assert document(tmp_path / "hub" / "card.json")["source"]["path"] == run.name
+    # equal weights with other settings are a different export
+    shutil.copytree(run, tmp_path / "other")
+    config = document(run / "config.json")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"seed": 5}))
+    line = refused("export", "other", *hub, "--text", openai)
+    assert "holds a different export: seed: 0 -> 5; choose another --out" in line
+
+
+def test_an_export_of_an_export_names_its_run(convert, refused, run, tmp_path, openai):
+    hub = ("--to", "open-clip", "--out", tmp_path / "hub", "--text", openai)
+    convert("export", run, *hub)
+    line = refused("export", tmp_path / "hub", "--to", "onnx", "--out", tmp_path / "m.onnx")
+    assert line.endswith(f"{tmp_path / 'hub'} is an export; name its run: {run}")
+
+
+def test_an_edited_card_is_kept(convert, refused, run, tmp_path, openai, capsys):
+    out = tmp_path / "hub"
+    command = ("export", run, "--to", "open-clip", "--out", out, "--text", openai)
+    convert(*command)
+    convert(*command)  # unedited: written anew
+    names = ["crimson", "green", "blue", "white"]
+    edited = json.dumps(document(out / "card.json") | {"classes": names})
+    (out / "card.json").write_text(edited)
+    call(convert_command, *command)
+    assert f"{out / 'card.json'} was edited, so this export is kept" in capsys.readouterr().out
+    assert (out / "card.json").read_text() == edited
+    assert weights.read(out).classes.names == tuple(names)
+    (out / "head.safetensors").unlink()
+    assert "head.safetensors is missing; choose another --out" in refused(*command)
 
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
@@ -319,7 +359,7 @@ def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     save_state(str(run / SELECTED), other, architecture, metadata, classes)
     forget_weights(run)
     line = refused(*command)
-    assert "holds a different export: source.sha256: " in line
+    assert "holds a different export: weights: " in line
     assert document(tmp_path / "m.safetensors.json") == card
     (tmp_path / "m.safetensors").unlink()
     (tmp_path / "m.safetensors.json").unlink()

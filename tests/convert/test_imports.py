@@ -144,6 +144,13 @@ def test_import_needs_the_models_name(refused, released, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_shape_of_the_included_model_is_known(refused, tmp_path):
+    folder = load._local_folder(load.MINIATURE)
+    shutil.copy(folder / weights.HUB_WEIGHTS, tmp_path / "toy.safetensors")
+    line = refused("import", tmp_path / "toy.safetensors", "--out", tmp_path / "run")
+    assert line.endswith(f"models of this shape: {load.MINIATURE}")
+
+
 def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, tiny_data):
     out = ("--out", tmp_path / "run")
     line = refused("import", released, *out, "--clip", formats.OTHER_NAME)
@@ -154,12 +161,14 @@ def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, t
     assert "open_clip has no model 'ViT-Z'" in line
     line = refused("import", openai, *out, "--clip", formats.NAME)
     assert "has no classification head" in line
-    assert "--data URL [--set imagenet-val]" in line
+    assert "--data URL [--set SET]" in line
     line = refused("import", tmp_path / "none.pt", *out, "--clip", "ViT-B-32")
     assert "no weights at" in line
     assert "laion2b_s34b_b79k" in line
     line = refused("import", released, *out, "--clip", formats.NAME, "--data", tmp_path)
     assert "no packed dataset at" in line
+    known = ("--clip", formats.NAME, "--data", tiny_data, "--set", "unlike-all")
+    assert "or --set NAME (others), or check --data" in refused("import", released, *out, *known)
     line = refused("import", released, *out, "--clip", formats.NAME, "--recipe", "a\x1bb")
     assert "import: recipe is " in line
     line = refused("import", released, "--out", "s3://bucket/run", "--clip", formats.NAME)

@@ -17,16 +17,18 @@ from PIL import Image
 
 from rft.clip import card
 from rft.clip.classifier import build_classifier, load_state
+from rft.convert import command as convert_command
 from rft.convert import model_card, text_tower
 from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.results import write_results
+from rft.predict.images import read_square
 from rft.runs import records
 from rft.runs.filenames import SELECTED
-from rft.shards.images import clip_pixels
 from rft.storage import files
 from tests.conftest import ARCHITECTURE
 from tests.convert.compare import document
 from tests.predicted import evaluated
+from tests.tiny import call, complaints
 
 pytestmark = pytest.mark.usefixtures("known_models")
 TEMPERATURE = 1.75
@@ -96,6 +98,14 @@ def test_the_loader_gives_rfts_probabilities(folder, counted, tmp_path):
         paths.append(tmp_path / f"{number}.png")
         pixels = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(paths[-1])
+    colours = Image.fromarray(rng.integers(256, size=(30, 20, 3), dtype=np.uint8))
+    clear = colours.copy()
+    clear.putalpha(Image.fromarray(rng.integers(256, size=(30, 20), dtype=np.uint8)))
+    deep = Image.fromarray(rng.integers(2**16, size=(30, 20), dtype=np.uint16))
+    kinds = {"rgba": clear, "la": clear.convert("LA"), "i16": deep, "cmyk": colours.convert("CMYK")}
+    for name, image in {**kinds, "p": colours.quantize(8)}.items():
+        paths.append(tmp_path / f"{name}.{'jpg' if name == 'cmyk' else 'png'}")
+        image.save(paths[-1], **({"transparency": 3} if name == "p" else {}))
     turned = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -109,9 +119,8 @@ def test_the_loader_gives_rfts_probabilities(folder, counted, tmp_path):
     )
     *lines, computed = run_without_rft(script, folder / "load.py", *paths, turned).splitlines()
     names, found = json.loads(computed)
-    images = [Image.open(path) for path in paths]
-    images.append(Image.open(turned).transpose(Image.Transpose.ROTATE_270))
-    images_BCHW = torch.from_numpy(np.stack([clip_pixels(image, 16) for image in images]))
+    squares = [read_square(path, 16, path.name, 1) for path in [*paths, turned]]
+    images_BCHW = torch.from_numpy(np.stack(squares))
     model = build_classifier(*load_state(counted / SELECTED)[:2])
     with torch.no_grad():
         expected_BK = (model(images_BCHW) / TEMPERATURE).softmax(dim=1)
@@ -119,6 +128,14 @@ def test_the_loader_gives_rfts_probabilities(folder, counted, tmp_path):
     assert names == [f"class {n}" for n in range(4)]  # the released code's file has no class names
     for path, line, row_K in zip([*paths, turned], lines, expected_BK, strict=True):
         assert line == f"{path}: class {int(row_K.argmax())} ({float(row_K.max()):.1%})"
+
+
+@pytest.mark.slow
+def test_an_import_names_the_temperature_that_it_loses(folder, convert, tmp_path, capsys):
+    capsys.readouterr()
+    call(convert_command, "import", folder, "--out", tmp_path / "again")
+    (line,) = [one for one in complaints(capsys.readouterr().err) if "temperature" in one]
+    assert f"the temperature of {folder}, {TEMPERATURE}, is not imported; fit it again" in line
 
 
 @pytest.mark.slow
@@ -215,6 +232,11 @@ def test_a_licence_that_is_not_known_is_unknown(base, licence):
     assert "- Training images: unknown to rft." in text
 
 
+def test_the_licence_of_the_included_model_is_rfts():
+    text = described(architecture=dataclasses.replace(ARCHITECTURE, clip="rft-miniature"))
+    assert "- Pre-trained weights (rft-miniature): Apache-2.0." in text
+
+
 @pytest.mark.parametrize(
     ("text", "clip", "pretrained", "base"),
     [
@@ -265,9 +287,11 @@ def test_pre_trained_weights_have_a_name(clip, settings, weights):
     [
         ((), "usage: python load.py IMAGE..."),
         (("README.md",), "error: cannot identify image file "),
+        (("key.png",), "error: key.png: one of its colours is transparent; save it with an alpha"),
     ],
 )
 def test_a_mistake_of_the_loader_is_a_line(folder, words, line):
+    Image.new("L", (8, 8), 3).save(folder / "key.png", transparency=3)
     done = subprocess.run(
         [sys.executable, folder / "load.py", *words], cwd=folder, capture_output=True, text=True
     )

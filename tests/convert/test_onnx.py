@@ -1,17 +1,22 @@
 """A classifier exported to ONNX computes rft's logits, for any number of images."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
+import rft
 from rft.clip.classifier import build_classifier, load_state
 from rft.convert import onnx_model
 from rft.runs.filenames import SELECTED
 from rft.storage import files
+from tests import formats
 from tests.conftest import build_model
 from tests.convert.compare import document
 
@@ -75,6 +80,24 @@ def test_the_export_of_a_run(convert, refused, run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "no_such_package"))
     line = refused("export", run, "--to", "onnx", "--out", tmp_path / "m2.onnx")
     assert "needs no_such_package; in rft's clone: pip install '.[onnx]'" in line
+
+
+def test_the_example_of_the_page_gives_rfts_probabilities(
+    convert, released, tmp_path, tiny_data, monkeypatch, capsys
+):
+    options = ("--clip", formats.NAME, "--data", tiny_data)
+    convert("import", released, "--out", tmp_path / "run", *options)
+    convert("export", tmp_path / "run", "--to", "onnx", "--out", tmp_path / "ours.onnx")
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    pixels = np.random.default_rng(0).integers(256, size=(37, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    (expected,) = rft.load(tmp_path / "run").classify([tmp_path / "photo.jpg"], top=1)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "export.md", "exec"), names)  # noqa: S102 - a page of our own
+    assert capsys.readouterr().out.split()[0] == expected.name
+    assert names["probabilities"].max() == pytest.approx(expected.probability, abs=1e-5)
 
 
 def test_weights_beyond_what_protobuf_holds(monkeypatch):

@@ -283,4 +283,5 @@ def test_there_must_be_something_to_read(home, tmp_path, refused):
     assert "no weights at" in refused(command, tmp_path / "none", __file__)
     (tmp_path / "model").mkdir()
     line = refused(command, tmp_path / "models", __file__)
-    assert line.endswith(f"no weights at {tmp_path}/models: it does not exist; did you mean {tmp_path}/model?")
+    there = f"{tmp_path}/models: it does not exist; did you mean {tmp_path}/model?"
+    assert line.endswith(f"no weights at {there}")

@@ -147,6 +147,8 @@ def test_classes_that_are_none_are_refused(home, model):
         ([0, 4], "no class has label 4; labels go from 0 to 3"),
         ([0, -1], "no class has label -1; labels go from 0 to 3"),
         (["red"], "1 classes were given for a different number of images"),
+        ("red", "'red' is one class; pass a list with a class for each image"),
+        (1, "1 is one class; pass a list"),
         (["red"] * 3, "3 classes were given for a different number of images"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -238,8 +240,29 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_clip):
     ):
         with pytest.raises(ValueError, match=message):
             rft.load(path)
+    message = r"hf-hub:me/m is on the model hub; download it: hf download me/m --local-dir FOLDER"
+    with pytest.raises(ValueError, match=message):
+        rft.load("hf-hub:me/m")
     with pytest.raises(ValueError, match=r"unknown device 'gpu'; .*cpu"):
         rft.load(tmp_path, device="gpu")
+
+
+def test_a_model_is_found_by_open_clips_prefix_and_in_the_home_folder(tmp_path, monkeypatch):
+    save_classifier(str(tmp_path / "m.safetensors"), build_model(), {"step": "0"}, None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (f"local-dir:{tmp_path}/m.safetensors", "~/m.safetensors"):
+        assert rft.load(name).where == str(tmp_path / "m.safetensors")
+
+
+def test_the_folder_above_runs_names_them(home, tmp_path):
+    for number in range(4):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"run{number}").symlink_to(home.run)
+    runs = tmp_path / "runs"
+    message = f"no checkpoint at .*; name one of the runs: {runs}/run0, .*run2 and 1 more$"
+    for path in (tmp_path, runs):
+        with pytest.raises(ValueError, match=message):
+            rft.load(path)
 
 
 def test_the_folder_that_holds_an_export_is_answered_with_it(tmp_path):

@@ -42,7 +42,8 @@ def root(tmp_path) -> Path:
         ("shards/imagenet-w", "{root}/shards has the sets imagenet-train, imagenet-val; did you "
          "mean 'imagenet-val'?"),
         ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one "
-         "with --train-set NAME (training) or --sets NAME (evaluation), or check --data"),
+         "with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), or "
+         "check --data"),
         # a benchmark that is not packed yet is no typing error of a similar name
         ("shards/imagenet-v2", "{root}/shards has the sets imagenet-train, imagenet-val; pack "
          "imagenet-v2 too (docs/data.md), or name one with --train-set NAME"),
