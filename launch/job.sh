@@ -89,12 +89,17 @@ require_setting() {
     [[ ${!name:-} =~ ^($pattern)$ ]] || fail "launch/cluster.env: $name must be $*"
 }
 
+# A function of its own: what `declare` makes local to it is absent when the settings are checked.
+source_settings() {
+    # shellcheck source=launch/cluster.env.example
+    source launch/cluster.env
+}
+
 # Load and check launch/cluster.env. Values are not printed, because they may be secret.
 load_settings() {
     local name word words
     [ -e launch/cluster.env ] || fail "copy launch/cluster.env.example to launch/cluster.env and edit it"
-    # shellcheck source=launch/cluster.env.example
-    source launch/cluster.env
+    source_settings
     require_setting TIME '.+' "the time limit of a job, such as 24:00:00"
     require_setting GPUS_PER_NODE '([a-zA-Z][^:]*:)?(0|[1-9][0-9]*)' "a number; 0 for nodes without GPUs"
     require_setting CPUS_PER_NODE '[1-9][0-9]*' "a number of at least 1"
@@ -105,7 +110,8 @@ load_settings() {
     require_setting RUNS '/.*' "an absolute path"
     for name in SBATCH_OPTIONS CPU_OPTIONS TRAIN_OPTIONS TORCHRUN_OPTIONS; do
         [[ $(declare -p "$name" 2>/dev/null) == "declare -a"* ]] ||
-            fail "launch/cluster.env: $name must be an array, such as $name=(--option value) or $name=()"
+            fail "launch/cluster.env: $name must be an array, such as $name=(--option value) or $name=()," \
+                "without declare"
         words="${name}[@]"
         for word in "${!words}"; do
             [[ ! $word =~ ^-[^=[:space:]]*[[:space:]] ]] ||
@@ -247,7 +253,7 @@ leave_resubmit() {
 # Submits this job again, with the code beside this file.
 set -euo pipefail
 cd $(quoted "$folder/code")
-echo "log: $(quoted "$folder")/${shown//%a/*}" >&2
+echo $(quoted "log: $folder/${shown//%a/*}") >&2
 exec sbatch $(quoted "${options[@]}") "\$@" launch/$kind.sbatch $(quoted "$@")
 END
     chmod "$(umask -S)" "$new"

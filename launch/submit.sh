@@ -133,6 +133,9 @@ snapshot "$PWD" "$folder/code"
 if ! number=$(
     cd "$folder/code" && sbatch --parsable "${options[@]}" "${when[@]}" "launch/$kind.sbatch" "$@"
 ); then
+    # sbatch also fails if SLURM took the job and its answer was lost
+    number=$(job_of "$folder")
+    [ -z "$number" ] || fail "sbatch failed, but job $number for $(quoted "$folder") exists; look at squeue --me"
     # with a resubmit.sh, another submission uses the folder by now
     if [ ${#created[@]} != 0 ] && [ ! -e "$folder/resubmit.sh" ]; then rm -rf "${created[0]}"; fi
     fail "sbatch failed, no job was submitted; $(quoted "$folder") is unchanged"

@@ -448,7 +448,7 @@ def _say_end(task: Task, chosen: Path, held_out: int, seconds: float) -> None:
     cli.say(f"{'chosen' if held_out else BY_DEFAULT}: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")
     cli.say(f"model:  {task.model}")
-    if task.choice.exists():
+    if held_out:
         cli.say(f"choice: {_reason(choice.read(task.choice))}")
     words = ["-m", "rft.predict", task.model, YOURS, "--html", "page.html", "--cam"]
     unknown = {YOURS: "image files, or folders that hold some"}

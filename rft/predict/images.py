@@ -70,7 +70,11 @@ def find_images(named: Sequence[Path], ignore: Sequence[str] = ()) -> Found:
             _list_folder(path, ignore, found)
         else:
             found.paths.append(path)
-    return found._replace(paths=list(dict.fromkeys(found.paths)))
+    # folders of the command line may overlap
+    return found._replace(
+        paths=list(dict.fromkeys(found.paths)),
+        others={pattern: list(dict.fromkeys(paths)) for pattern, paths in found.others.items()},
+    )
 
 
 def _list_folder(folder: Path, ignore: Sequence[str], found: Found) -> None:

@@ -90,12 +90,17 @@ def require_file(path: Path, what: str) -> None:
 
 def _did_you_mean(path: Path) -> str:
     """Name the file or folder beside a missing one that has nearly its name."""
+
+    def stem(one: Path) -> str:
+        # of runs/wise-ft-0.5 the number is no suffix
+        return one.name if one.suffix[1:].isdigit() else one.stem
+
     try:
-        beside = {one.stem: one for one in islice(path.parent.iterdir(), BESIDE)}
+        beside = {stem(one): one for one in islice(path.parent.iterdir(), BESIDE)}
     except OSError:
         return ""
     # suffixes would make all names alike
-    close = get_close_matches(path.stem, beside, n=1, cutoff=0.8)
+    close = get_close_matches(stem(path), beside, n=1, cutoff=0.8)
     return f"; did you mean {beside[close[0]]}?" if close else ""
 
 

@@ -215,6 +215,8 @@ def test_without_settings_they_say_how_to_make_them(project, script):
         ("unset SBATCH_OPTIONS; SBATCH_OPTIONS=--partition=a", "SBATCH_OPTIONS must be an array"),
         ("unset TRAIN_OPTIONS; TRAIN_OPTIONS='--precision fp32'", "TRAIN_OPTIONS must be an array"),
         ("unset CPU_OPTIONS", "CPU_OPTIONS must be an array"),
+        # local to the function that reads the file
+        ("unset CPU_OPTIONS; declare -a CPU_OPTIONS=(--qos=a)", "CPU_OPTIONS must be an array"),
         ("TRAIN_OPTIONS=('--precision fp32')", "TRAIN_OPTIONS has an option and its value in one"),
         ("unset -f setup", "the function setup is missing"),
     ],
@@ -562,7 +564,7 @@ def test_what_is_read_of_a_run_folder_is_a_regular_file_and_plain(project, tmp_p
 
 
 def test_resubmitting_keeps_every_word(project, tmp_path):
-    folder = tmp_path / "a run's"
+    folder = tmp_path / "a run's $(touch made)"
     (folder / "code").mkdir(parents=True)
     words = ["two words", "$HOME", "it's", "*", "", "--x=1"]
     quoted = shlex.join(words)
@@ -578,6 +580,7 @@ def test_resubmitting_keeps_every_word(project, tmp_path):
     )
     expected = [f"{folder}/code", "--account=a b", "--nodes=1", "launch/train.sbatch", *words]
     assert said.stdout.splitlines() == expected
+    assert said.stderr == f"log: {folder}/job-NUMBER.log\n"
 
 
 @pytest.mark.parametrize(

@@ -719,6 +719,12 @@ BROKEN: Members = (
 )
 
 
+def test_not_every_sample_may_be_left_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", BROKEN[2:3])
+    with pytest.raises(ValueError, match=r"none of the 1 samples can be used \(first: key 'b'"):
+        index_shards([str(tmp_path / "0.tar")], str(tmp_path / "set"), LABELS, Options(max_bad=9))
+
+
 def test_broken_samples_are_left_out(tmp_path: Path) -> None:
     out = tmp_path / "set"
     write_tar(out / "0.tar", BROKEN)

@@ -45,6 +45,7 @@ def test_other_files_in_a_folder_are_listed_and_named_ones_are_tried(tmp_path):
     found = find_images([tmp_path])
     assert listed(tmp_path, found) == ["a.jpg"]
     assert found.others == {"*.heic": [tmp_path / "b.HEIC"], "README": [tmp_path / "sub/README"]}
+    assert find_images([tmp_path, tmp_path / "sub"]).others == found.others
     named = find_images([tmp_path / "b.HEIC", tmp_path / "none.jpg"])
     assert listed(tmp_path, named) == ["b.HEIC", "none.jpg"]
 

@@ -119,6 +119,11 @@ def index_shards(
     bad = [entry for shard in found for entry in shard.bad]
     _require_few(bad, options.max_bad)
     samples = sum(len(shard.rows["key"]) for shard in found)
+    if bad and not samples:
+        raise ValueError(
+            f"none of the {len(bad):,} samples can be used (first: key {bad[0].path!r}: "
+            f"{bad[0].reason})"
+        )
     check_count(dataset, samples + len(bad), labels, allowed)
     manifest, columns, plan = _assemble(settings, names, found, labels, rule, options)
     _publish(out, manifest, columns, plan)

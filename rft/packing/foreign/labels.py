@@ -177,8 +177,11 @@ def _class_of_name(text: str, where: str, rule: Rule) -> int:
 
 
 def _spelling_hint(text: str, rule: Rule) -> str:
+    # manifests of earlier versions have no ids
+    if not rule.labels.ids:
+        return ""
     known = names_of(rule.labels)
-    close = [rule.labels.ids[n] for n in known.find(text)] if rule.labels.ids else []
+    close = [rule.labels.ids[n] for n in known.find(text)]
     close = close or get_close_matches(text[:80], known.exact, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
