@@ -252,7 +252,8 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         # the option is named in its own line already
         text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(first))
         if text.startswith("Missing"):
-            text = _missing(first)
+            # "Missing from COMMAND:" and a list, or one line about an option without its value
+            text = _missing(first) if first[1:] else text
             # tyro reports missing arguments first, but an unknown option is the likelier mistake
             kinds = [*takewhile(lambda word: not word.startswith("-"), words)]
             _require_known_options(given, kinds, kind, options)

@@ -234,10 +234,11 @@ def test_commands_refuse_emptied_scoring(packed: Path, refused, tmp_path: Path) 
     """All of them read a set as a PackedDataset or through its manifest."""
     edit(packed, lambda document: document.update(groups=[]))
     root, name = packed.parent, packed.name
+    (weights := tmp_path / "weights.safetensors").touch()
     config = recipes.build("no-mask", scale="miniature", data=str(root), run=str(tmp_path))
     files.write_json(str(tmp_path / "config.json"), {**config.to_dict(), "train_set": name})
     for line in (
-        refused(rft.evaluate.command, "weights.safetensors", "--data", root, "--sets", name),
+        refused(rft.evaluate.command, weights, "--data", root, "--sets", name),
         refused(rft.data.show, tmp_path, "--step", 0),
     ):
         what = "groups must name at least one group of class ids; pack or index the set again"

@@ -364,10 +364,11 @@ def test_a_long_word_takes_no_long_time(piece: str) -> None:
     assert time.process_time() - begun < 5
 
 
-def test_what_was_recorded_without_credentials_must_be_named_again(refused):
+def test_what_was_recorded_without_credentials_must_be_named_again(refused, tmp_path):
+    (weights := tmp_path / "x.safetensors").touch()
     for url in ("https://***@host/data", "https://host/data?sig=***", "s3://***@b/x?a=1&token=***"):
         urls.refuse_credentials(url)  # they do not exist
-        line = refused(evaluate_command, "x", "--data", url)
+        line = refused(evaluate_command, weights, "--data", url)
         assert "was recorded without its credentials; pass the URL without them" in line
 
 
@@ -513,9 +514,12 @@ def test_a_manifest_with_such_a_name_is_refused(copied: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_a_served_manifest_opens_no_local_file(copied: Path, refused, name: str) -> None:
+def test_a_served_manifest_opens_no_local_file(
+    copied: Path, refused, name: str, tmp_path: Path
+) -> None:
+    (weights := tmp_path / "x.safetensors").touch()
     with range_server(with_names(copied, name).parent) as url:
-        line = refused(evaluate_command, "x", "--data", url, "--sets", "imagenet-val")
+        line = refused(evaluate_command, weights, "--data", url, "--sets", "imagenet-val")
     assert f"shards[0].name: {name!r} is a local file" in line
 
 
