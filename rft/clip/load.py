@@ -276,7 +276,7 @@ def names_of(found: Weights) -> list[str]:
 
 
 def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
-    """Warn if weights were trained with another resizing than rft's.
+    """Warn if weights were trained with a resizing that differs from rft's.
 
     Args:
         what: name of the weights.

@@ -43,6 +43,7 @@ from rft.evaluate.coverage import Pixels, count_object
 from rft.evaluate.measure_cam import label_map
 from rft.paper import Covered
 from rft.progress import progress
+from rft.recipes import OURS
 from rft.rng import derive, numpy_generator
 from rft.sets import ID_SET, TEST_SETS
 from rft.storage import files
@@ -80,7 +81,6 @@ DEV_SETS = {
     name: replace(SETS[name], setting=replace(SETS[name].setting, bank="dev")) for name in TEST_SETS
 }
 DEV_IMAGES = 500
-RELEVANCE_AT = 0.3  # the threshold of the recipe that is the paper's method
 
 log = logging.getLogger(__name__)
 
@@ -203,10 +203,10 @@ def build_optimizer(model: CLIP) -> torch.optim.AdamW:
 def measure(model: CLIP, dev: dict[str, Captioned]) -> dict[str, float]:
     """Measure by what the world is judged: zero-shot accuracy and relevance.
 
-    On each set the correct images, scored as rft.evaluate scores the set. On usual images what the
-    zero-shot model's relevance for the label would mask above RELEVANCE_AT (Table 2), and the mean
-    square of a feature's entry (un-normalised): the scale that the weight of feature distillation
-    has to be read against.
+    On each set, the correct images, scored as rft.evaluate scores the set. On usual images, what
+    the object masks of the paper's method would cover with the zero-shot model's relevance for the
+    label (Table 2), and the mean square of a feature's entry (un-normalised): the scale of feature
+    distillation's weight.
     """
     model.eval()
     clip = PretrainedClip(model, WordTokenizer(VOCABULARY, CONTEXT_LENGTH), ARCHITECTURE)
@@ -241,10 +241,10 @@ def groups_of(name: str) -> list[tuple[int, ...]]:
 
 
 def cover(classifier: Classifier, data: Captioned) -> Covered:
-    """Return the rates of Table 2 for the classifier's object masks at RELEVANCE_AT."""
+    """Measure what the object masks of the paper's method would cover (Table 2)."""
     relevance_BP = label_map(classifier, data.images_BCHW, data.labels_B, "relevance")
     object_BP = count_object(data.object_BHW, relevance_BP.shape[1])
-    masked_BP = relevance_BP > RELEVANCE_AT
+    masked_BP = relevance_BP > OURS.threshold
     pixels = Pixels(
         image=IMAGE_SIZE**2,
         object_N=object_BP.sum(dim=1).numpy(),

@@ -108,7 +108,7 @@ def _bricks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 def _ripples(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     centre_x, centre_y = rng.uniform(0.2, 0.8, size=2)
-    # from the image's corner, not the random origin: the centre is to lie in the image
+    # from the image's corner, not the random origin: the centre must be in the image
     return _wave(5 * np.hypot(x - x[0, 0] - centre_x, y - y[0, 0] - centre_y))
 
 

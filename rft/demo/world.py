@@ -127,7 +127,7 @@ def write_world(out: Path, seed: int = 0, *, scale: float = 1.0) -> None:
 
 
 def image_path(name: str, number: int, scene: Scene) -> PurePosixPath:
-    """Return where image `number` of a set lies below the world's folder."""
+    """Locate image `number` of a set, relative to the world's folder."""
     class_id = scene.class_id
     # a set's classes take turns (_write_set), so this counts within a class
     folder, in_class = IDS[class_id], number // len(SETS[name].classes)
@@ -157,7 +157,7 @@ def image_path(name: str, number: int, scene: Scene) -> PurePosixPath:
 
 
 def mask_path(image: PurePosixPath) -> PurePosixPath:
-    """Return where the object mask of an image lies."""
+    """Locate the object mask of an image."""
     return "masks" / image.with_suffix(".png")
 
 

@@ -135,7 +135,7 @@ def _present(known: ImageSet, root: Path, source: Path, class_of: Mapping[str, i
     """List the class folders of a benchmark.
 
     Raises:
-        ValueError: also if they would lie in the source itself and none has a class's name; the
+        ValueError: also if they would be in the source itself and none has a class's name; the
             folders there are then other data sets.
     """
     present = class_folders(root)

@@ -168,7 +168,7 @@ def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
 
 
 def is_below(path: Path, folder: Path) -> bool:
-    """Whether a path, which need not exist, is an existing folder or lies in it, links resolved.
+    """Whether a path, which need not exist, is an existing folder or inside it, links resolved.
 
     Folders are compared by identity, so upper and lower case are left to the file system.
     """

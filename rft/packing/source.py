@@ -115,7 +115,7 @@ def read_item(root: Path, item: Item) -> bytes:
 
 
 def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) -> None:
-    """Check that no output folder lies in an input folder, or contains one.
+    """Check that no output folder is inside an input folder, or contains one.
 
     Raises:
         ValueError: naming both folders.

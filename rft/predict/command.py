@@ -81,7 +81,7 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
     require_model(arguments.model)
     found = find_images(arguments.images, patterns_of(arguments.ignore))
-    # outputs of an earlier call may lie in the folder of the images
+    # outputs of an earlier call may be in the folder of the images
     own = {path.resolve() for path in (arguments.out, arguments.html) if path is not None}
     others = {
         pattern: left

@@ -111,7 +111,7 @@ class Index:
         """Yield the rows that no reader may use, ascending, with the fault: once per kind of fault.
 
         A label must be a scored class, or every prediction of its sample would count the same. A
-        payload must lie in its shard. A key must be printable ASCII, because it is printed.
+        payload must be inside its shard. A key must be printable ASCII, because it is printed.
         """
         yield self._odd_keys(), "its key is not printable ASCII text"
         classes = len(manifest.classes)

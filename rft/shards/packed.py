@@ -116,7 +116,7 @@ class PackedSet:
         return int(np.searchsorted(self.shard_ends, sample, side="right"))
 
     def shard_sizes(self, samples: np.ndarray) -> tuple[int, ...]:
-        """Count how many of the given sorted sample numbers lie in each shard."""
+        """Count how many of the given sorted sample numbers are in each shard."""
         ends = np.searchsorted(samples, self.shard_ends)
         return tuple(np.diff(ends, prepend=0).tolist())
 

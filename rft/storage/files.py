@@ -288,7 +288,7 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     is_local = isinstance(fs, LocalFileSystem)
     folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
-    # an upload's temporary file may lie in a folder that other users can read
+    # an upload's temporary file may be in a folder that other users can read
     mode = 0o666 if is_local else 0o600
     where = url if is_local else str(folder)
     try:

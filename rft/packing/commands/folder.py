@@ -83,7 +83,7 @@ def main() -> None:
             error.add_note("or pack without a test set: --test-share 0")
         raise
     sources, labels = declare(photos.sources, command), photos.labels
-    # a class folder may be a link, and --out must not lie in its target either
+    # a class folder may be a link, and --out must not be inside its target either
     folders = {(found.root / item.path).parent for found in sources for item in found.items}
     linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
     require_apart(linked, command.out, SETS)

@@ -93,7 +93,7 @@ def index_shards(
 ) -> Manifest:
     """Write manifest.json, index.npz and samples.npz in `out` for the shards that patterns name.
 
-    If all shards lie in `out` or below it, the manifest names them relative to it, so that the
+    If all shards are in `out` or below it, the manifest names them relative to it, so that the
     folder can be moved. A rerun changes nothing.
 
     Raises:
@@ -355,7 +355,7 @@ def _require_same_options(out: str, labels: LabelSpace, settings: dict[str, Any]
 
 
 def shard_names(shards: Sequence[str], out: str) -> list[str]:
-    """Name the shards for a manifest in `out`: relative if all lie below it, otherwise in full.
+    """Name the shards for a manifest in `out`: relative if all are below it, otherwise in full.
 
     Raises:
         ValueError: if readers would refuse such names.
@@ -366,7 +366,7 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
     for url in shards:
         place = files.open_store(url)
         name = place[1].removeprefix(prefix)
-        # "folder//x.tar" lies below, but without the prefix its name would be an absolute path
+        # "folder//x.tar" is below, but without the prefix its name would be an absolute path
         if place != (folder_store, prefix + name) or name.startswith("/"):
             names = list(shards)
             break
