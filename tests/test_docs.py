@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rft import recipes
+from rft.sets import BENCHMARKS, TRAIN_SET
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,6 +120,19 @@ def test_accuracies_of_the_readme_are_the_results():
         for column in ("ImageNet", "OOD avg")
     }
     assert set(re.findall(r"\d+\.\d%", opening)) == shown
+
+
+def test_the_readmes_cost_of_imagenet_follows_from_the_recipe():
+    config = recipes.build(recipes.DEFAULT)
+    images = BENCHMARKS[TRAIN_SET].images - config.loader.held_out
+    steps = images // config.loader.batch_size
+    text = (ROOT / "README.md").read_text()
+    assert f"| optimizer steps of {config.loader.batch_size} images | {steps * 10:,} |" in text
+    assert config.optim.epochs == 10
+    # of --encoding pixels: the model's input as raw bytes
+    read = steps * config.loader.batch_size * 3 * 224**2 / 1e9
+    (shown,) = re.findall(r"\| images read \| ([\d.]+) GB per epoch \|", text)
+    assert float(shown) == pytest.approx(read, rel=0.005)
 
 
 def test_limits_that_the_page_on_security_names_exist():
