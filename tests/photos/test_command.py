@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from benchmarks.tiny_world import environment
 from rft.packing.own_folder import read_folder
 from rft.photos import command, plan, record
 from rft.report.read import load_runs
+from rft.runs import choice
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests import tiny
@@ -335,8 +336,16 @@ def test_a_better_model_is_named_with_the_commands_that_export_it(tmp_path, caps
         f"  export: python -m rft.convert export {runs}/wise-ft-0.5 --to open-clip "
         f"--out {tmp_path}/model-wise-ft-0.5"
     )
-    command._say_end(task, task.run("wise-ft-0.5"), 10, 1.0)
-    assert "alarm" not in capsys.readouterr().out
+    best = task.run("wise-ft-0.5")
+    one = choice.Candidate(path=str(best), sha256="0" * 64, correct=9)
+    made = choice.Choice(
+        train_set="t", manifest_sha256="0" * 64, images=10, candidates=(one,), chosen=str(best)
+    )
+    files.write_json(str(task.choice), asdict(made))
+    command._say_end(task, best, 10, 1.0)
+    printed = capsys.readouterr().out
+    assert "choice: 9 of 10 held-out photos, the most of 1 models" in printed
+    assert "alarm" not in printed
 
 
 @pytest.mark.slow
