@@ -24,6 +24,7 @@ from rft.demo.miniature import prepare_data, shards
 from rft.evaluate import command as evaluation
 from rft.runs import filenames, records
 from rft.sets import BENCHMARKS, ID_SET, OOD_SETS
+from rft.statistics.paired import holm
 from rft.storage import files
 from rft.train import command as training
 
@@ -109,22 +110,12 @@ def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     return {"gains": gains, "mean": mean, "low": mean - half, "high": mean + half, "p": p}
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct p-values for their number (Holm 1979)."""
-    corrected, least = {}, 0.0
-    for place, (p, name) in enumerate(sorted((p, name) for name, p in p_values.items())):
-        # never below that of a smaller p-value
-        least = max(least, min(1.0, (len(p_values) - place) * p))
-        corrected[name] = least
-    return corrected
-
-
 def compare(systems: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Compute the announced differences from each system's accuracies by seed."""
     ood = {name: [one["ood"] for one in found] for name, found in systems.items()}
     against = {name: paired(ood[name], ood[BASELINE]) for name in systems if name != BASELINE}
-    corrected = holm({name: against[name]["p"] for name in recipes.RESEARCH})
-    for name, p in corrected.items():
+    corrected = holm([against[name]["p"] for name in recipes.RESEARCH])
+    for name, p in zip(recipes.RESEARCH, corrected, strict=True):
         against[name]["holm"] = p
         against[name]["helps"] = p < 1 - LEVEL and against[name]["mean"] > 0
     return {

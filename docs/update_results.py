@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from docs import questions
 from rft import cli
 from rft.storage import files
 
@@ -80,6 +81,7 @@ def main() -> None:
         copy_report(arguments.demo, "report", "miniature")
     if arguments.reproduction is not None:
         copy_report(arguments.reproduction, "reproduction", "reproduction")
+        questions.write(arguments.reproduction / "reproduction", ROOT / RESULTS / "reproduction")
     if arguments.later is not None:
         copy_report(arguments.later, LATER, LATER)
     # all of them before the first is written: a table may be missing

@@ -20,13 +20,6 @@ def test_differences_are_students_paired():
     assert research.paired([1.0, 2.0], [0.0, 1.0])["p"] == 0
 
 
-def test_holms_correction():
-    # 4 x 0.01, 3 x 0.02, the larger of 2 x 0.02 and the previous one, 1 x 0.9
-    found = research.holm({"a": 0.02, "b": 0.9, "c": 0.01, "d": 0.025})
-    assert found == pytest.approx({"c": 0.04, "a": 0.06, "d": 0.06, "b": 0.9})
-    assert research.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
-
-
 def test_what_helps_is_above_zero_after_the_correction():
     def system(*ood: float):
         return [dict.fromkeys((ID_SET, *OOD_SETS, "ood"), value) for value in ood]

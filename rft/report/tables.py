@@ -703,7 +703,7 @@ def difference_caption(column: str, *, measured: bool, several: bool) -> str:
     """Explain the numbers of the table of differences."""
     if measured:
         return (
-            f"Difference in {column}, in points, with the 95% interval of test images drawn anew. "
+            f"Difference in {column}, in points, with the 95% interval for resampled test images. "
             f"{SIGNIFICANT}: the interval excludes 0, and every seed's own difference has its sign."
         )
     by_seed = ": mean and sample standard deviation, then each seed's own" if several else ""

@@ -216,3 +216,14 @@ def bootstrap(
     found = [of_images(gain_N) for gain_N in sets]
     draws = np.random.default_rng(seed)
     return bootstrap_of(found, draws, replicates=replicates, level=level)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm 1979), in the order given."""
+    corrected, least = list(p_values), 0.0
+    places = sorted(range(len(p_values)), key=p_values.__getitem__)
+    for rank, place in enumerate(places):
+        # never below that of a smaller p-value
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = least
+    return corrected

@@ -240,3 +240,10 @@ def test_the_p_value_has_both_sides():
     z = gain_N.mean() / gain_N.std() * len(gain_N) ** 0.5
     # for so many images the normal distribution's is nearly the same
     assert paired.bootstrap([gain_N]).p == pytest.approx(2 * stats.norm.sf(abs(z)), rel=0.2)
+
+
+def test_holms_correction():
+    # 3 x 0.02, 1 x 0.9, 4 x 0.01, the larger of 2 x 0.025 and the previous one
+    assert paired.holm([0.02, 0.9, 0.01, 0.025]) == pytest.approx([0.06, 0.9, 0.04, 0.06])
+    assert paired.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert paired.holm([]) == []
