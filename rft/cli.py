@@ -258,12 +258,13 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
             kinds = [*takewhile(lambda word: not word.startswith("-"), words)]
             _require_known_options(given, kinds, kind, options)
         text = NO_NUMBER.sub(_number, text)
+        # of the names of an option (--run, --run-dir), the last is the documented one
         meant = [
-            line.split()[0]
+            found[1]
             for title, *lines in sections
             if title.startswith("Perhaps you meant")
             for line in lines
-            if line.startswith("--")
+            if (found := re.match(r"(?:--\S+, )*(--[^\s,]+)", line))
         ]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         raise ValueError(f"{text}{hint} (see --help)") from None

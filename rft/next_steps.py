@@ -1,17 +1,30 @@
-"""The commands that follow a training, a merge, an evaluation or a report, ready to paste."""
+"""The commands that follow a packing, a training, an evaluation and so on, ready to paste."""
 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft import cli
+from rft import cli, recipes
 from rft.config import settings
 from rft.runs import filenames, records
 from rft.runs.folder import read_results
 from rft.sets import BENCHMARKS, TEST_SETS, TRAIN_SET
 from rft.shards.folder import MANIFEST
+from rft.shards.manifest import Manifest
 from rft.shards.root import packed_sets
 from rft.storage import files
+
+
+def training(data: str) -> str:
+    """Format the `next:` line that trains on the packed ImageNet of a data root."""
+    words = ["-m", "rft.train", recipes.DEFAULT, "--data", data, "--run-dir", "runs/first"]
+    manifest, default = Manifest.load(files.join(data, TRAIN_SET)), recipes.build(recipes.DEFAULT)
+    loader = default.loader
+    # a subset that the defaults cannot train on
+    fewest = loader.held_out + max(loader.batch_size, len(manifest.classes))
+    if manifest.samples < fewest:
+        words += ["--scale", "small"]
+    return cli.next_step(words, on_gpus=True)
 
 
 def evaluation(

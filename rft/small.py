@@ -5,6 +5,7 @@ interval. The rule was chosen by reasoning (see its constants) before any accura
 `python -m benchmarks.small_sets` measured it afterwards (docs/results.md).
 """
 
+import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rft.config import Config
+from rft.storage import files
 
 # A tenth of the images selects the epoch. Below 20 images, one image is more than 5 points and the
 # best epoch is mostly luck. Above a fifth of the set (many classes with few images each), training
@@ -215,23 +217,31 @@ def rule_in_words(config: Config, size: Size, ranks: int) -> list[str]:
     return lines
 
 
-def repeat_numbers(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Format the options that resume a run with its recorded numbers, for an error message.
+def repeat_options(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Format the options that resume a run, for an error message.
+
+    Numbers that follow from other options are only named if nothing else differs.
 
     Args:
         old: the recorded identity.
-        new: the identity that differs from it, in these numbers or elsewhere.
+        new: the identity that differs from it.
     """
-    if new["scale"] != "small" or old["scale"] != "small":
+    changed = {name: was for name, was, _ in files.differing(old, new) if name != "precision"}
+    # recipe, scale and preset decide the defaults of the others; the recipe is no option
+    if "recipe" in changed:
         return ""
-    options = []
-    for option in OPTIONS:
-        group, name = option.split(".")
-        before, now = (identity.get(group, {}).get(name) for identity in (old, new))
-        if before != now:
-            options.append(f"--{option.replace('_', '-')} {before}")
+    if defaults := changed.keys() & {"scale", "preset"}:
+        changed = {name: changed[name] for name in sorted(defaults)}
+    ruled = set(OPTIONS) if old["scale"] == new["scale"] == "small" else set()
+    derived = {*ruled, "split_seed", "order_seed"}
+    given = {name: was for name, was in changed.items() if name not in derived} or changed
+    # lists and switches are written differently, and rarely given
+    options = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(was))}"
+        for name, was in given.items()
+        if type(was) in (str, int, float)
+    ]
     if not options:
         return ""
-    return (
-        f" ({' '.join(options)}; --scale small takes them from the size of the set and the ranks)"
-    )
+    rule = "; --scale small takes them from the size of the set and the ranks"
+    return f" ({' '.join(options)}{rule if ruled.issuperset(given) else ''})"

@@ -211,6 +211,8 @@ def test_a_mistyped_option_is_answered_with_the_right_one(rft):
     code, _, errors = rft("train", "vanilla", "--loader.batchsize", "4")
     assert code == 2
     assert "did you mean --loader.batch-size?" in errors
+    # an option with two names
+    assert "did you mean --run-dir?" in rft("train", "vanilla", "--rundir", "r")[2]
 
 
 # Ctrl-C while a module is imported: an event instead of a time

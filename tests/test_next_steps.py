@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from rft.merge import command as merge_command
 from rft.report import command as report_command
 from rft.sets import TEST_SETS
 from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Manifest
 from rft.train import command as train_command
 from tests import test_tools
 from tests.report.make_runs import edit, make_run
@@ -198,6 +200,12 @@ def test_the_packing_tools(tmp_path, capsys):
 
     config = parsed(next_words(run_tool(*imagenet, capsys=capsys))).config
     assert (config.recipe, config.data) == ("object-mask-single-fill", str(out))
+    # the defaults hold out 10,240 images, and this set has fewer
+    assert config.scale == "small"
+    with pytest.MonkeyPatch.context() as patch:
+        large = SimpleNamespace(samples=10_240 + 512, classes=("a", "b"))
+        patch.setattr(Manifest, "load", lambda _: large)
+        assert "--scale" not in commands.training("data")
     evaluated = parsed(next_words(run_tool(*imagenet, "--splits", "val", capsys=capsys)))
     assert (evaluated.data, evaluated.sets) == (str(out), ("imagenet-val",))
     ood = ("shard_ood", "--benchmark", "imagenet-r", "--source", source, *options)

@@ -233,7 +233,29 @@ def test_without_a_size_no_small_set_can_be_trained():
 
 def test_a_run_whose_set_has_grown_is_resumed_by_naming_its_numbers():
     old, new = (fitted(Size(n, 6, n // 6)).identity() for n in (300, 600))
-    hint = small.repeat_numbers(old, new)
-    assert hint.startswith(" (--loader.held-out 30 --loader.batch-size 16; --scale small takes")
-    assert small.repeat_numbers(old, old) == ""
-    assert small.repeat_numbers({**old, "scale": "paper"}, new) == ""
+    hint = small.repeat_options(old, new)
+    assert hint.startswith(" (--loader.batch-size 16 --loader.held-out 30; --scale small takes")
+    assert small.repeat_options(old, old) == ""
+    assert small.repeat_options({**old, "scale": "paper"}, new) == " (--scale paper)"
+
+
+def test_a_run_is_resumed_by_the_options_that_were_given():
+    size = Size(300, 6, 50)
+
+    def identity(recipe="vanilla", **optim):
+        config = recipes.build(recipe, scale="small")
+        optim = dataclasses.replace(config.optim, **optim)
+        return small.fit(dataclasses.replace(config, optim=optim), size, 1).identity()
+
+    old = identity(epochs=3)
+    # the warm-up follows from the epochs
+    assert old["optim"]["warmup_steps"] != identity(epochs=9)["optim"]["warmup_steps"]
+    assert small.repeat_options(old, identity(epochs=9)) == " (--optim.epochs 3)"
+    assert small.repeat_options(old, identity(epochs=9, lr=1.0)) == (
+        f" (--optim.epochs 3 --optim.lr {old['optim']['lr']})"
+    )
+    seeds = {"seed": 1, "split_seed": 1, "order_seed": 1}
+    assert small.repeat_options(old, {**old, **seeds}) == " (--seed 0)"
+    assert small.repeat_options(old, {**old, "split_seed": 1}) == " (--split-seed 0)"
+    assert small.repeat_options(old, {**old, "precision": "bf16"}) == ""
+    assert small.repeat_options(old, identity("no-mask")) == ""

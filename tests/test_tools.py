@@ -89,6 +89,23 @@ def test_imagenet(world: Path, tmp_path: Path, run: Callable[..., Result]) -> No
     assert (code, err, out.count("nothing to do")) == (0, "", 2)
 
 
+def test_nothing_is_packed_if_a_set_is_missing(
+    world: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    out = tmp_path / "out"
+    shutil.rmtree(world / "imagenet" / "val" / "n01")
+    code, _, err = run("shard_imagenet", "--source", str(world / "imagenet"), "--out", str(out))
+    assert (code, err.count("\n"), out.exists()) == (2, 1, False)
+    assert "1 of 2 classes are missing" in err
+    assert err.endswith("; for a subset of classes, name it with --classes FILE\n")
+    arguments = ["--source", str(world), "--out", str(out)]
+    names = ("imagenet-r", "objectnet", "imagenet-a")
+    code, _, err = run("shard_ood", "--benchmark", *names, *arguments)
+    assert (code, err.count("\n"), out.exists()) == (2, 1, False)
+    assert "no folder of objectnet in " in err
+    assert "; and no folder of imagenet-a in " in err
+
+
 def test_several_benchmarks(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     arguments = ["--source", str(world), "--out", str(tmp_path / "out")]
     code, _, err = run("shard_ood", "--benchmark", "imagenet-v2", "imagenet-r", *arguments)
@@ -233,6 +250,15 @@ def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -
     assert code == 2
     assert err.startswith(f"error: {tmp_path}/imagenet-r holds a different plan (seed: 0 -> 7)")
     assert err.count("\n") == 1
+    (world / "classes.json").write_text(json.dumps({**CLASSES, "templates": ["one {c}."]}))
+    _, _, err = run("shard_ood", *arguments)
+    assert (
+        "a different plan (the names, ids or templates of the classes (--classes) changed)" in err
+    )
+    image = world / "imagenet-r" / "n01" / "art_0.jpg"
+    image.rename(image.with_name("art_1.jpg"))
+    _, _, err = run("shard_ood", *arguments)
+    assert "a different plan (the list of images changed; the names, ids or templates of " in err
 
 
 @pytest.mark.slow

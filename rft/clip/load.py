@@ -438,8 +438,9 @@ class WordTokenizer:
                 raise ValueError(
                     f"this tiny CLIP knows only {len(self._ids)} words, and {unknown[0]!r} of "
                     f"{text!r} is not one; it is for rft's own examples: name a different "
-                    "--model.clip, or give classes and templates of its words with --classes "
-                    f"({self._source} lists them, such as {', '.join(sorted(self._ids)[-6:-1])})"
+                    "--model.clip, or pack the set into another --out with --classes FILE, whose "
+                    f"names and templates have only its words ({self._source} lists them, such as "
+                    f"{', '.join(sorted(self._ids)[-6:-1])})"
                 )
             ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
             if len(ids) > self._context_length:

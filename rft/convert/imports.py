@@ -94,7 +94,7 @@ def import_weights(arguments: Import) -> None:
     manifest = None
     if arguments.data:
         # a wrong URL fails here, before gigabytes of weights are read
-        manifest = Manifest.load(files.join(arguments.data, arguments.packed))
+        manifest = Manifest.load(files.join(arguments.data, arguments.packed), "--set")
     found = _find(arguments.file, arguments.clip)
     config: dict[str, Any] = {
         "recipe": arguments.recipe,

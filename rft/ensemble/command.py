@@ -151,7 +151,9 @@ def main() -> None:
         files.require_local(arguments.features_dir, "--features-dir")
     sets = set_names(arguments.sets, "--sets")
     packed = {
-        name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)
+        name: PackedDataset(
+            files.join(arguments.data, name), max_pixels=arguments.max_pixels, option="--sets"
+        )
         for name in sets
     }
     manifests = {name: dataset.manifest for name, dataset in packed.items()}

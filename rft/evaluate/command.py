@@ -224,7 +224,9 @@ def main() -> None:
     if arguments.features_dir is not None:
         files.require_local(arguments.features_dir, "--features-dir")
     packed = {
-        name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)
+        name: PackedDataset(
+            files.join(arguments.data, name), max_pixels=arguments.max_pixels, option="--sets"
+        )
         for name in sets
     }
     manifests = {name: dataset.manifest for name, dataset in packed.items()}

@@ -204,7 +204,7 @@ def main() -> None:
     arguments = replace(arguments, set=urls.set_name(arguments.set, "--set"))
     check(arguments)
     url = files.join(arguments.data, arguments.set)
-    packed = PackedDataset(url, max_pixels=arguments.max_pixels)
+    packed = PackedDataset(url, max_pixels=arguments.max_pixels, option="--set")
     require_classes(arguments.checkpoints, {arguments.set: packed})
     for path in arguments.checkpoints:
         require_own_weights(path)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed
-from rft.packing.expected import is_imagenet
 from rft.packing.layouts import class_folders, in_threads, list_images
 from rft.packing.names import Links
 from rft.packing.own_folder import name_classes
 from rft.packing.source import Found, Source, make_items
 from rft.sets import BENCHMARKS, CORRUPTIONS, ID_SET, SEVERITIES
-from rft.shards.label_space import LabelSpace
+from rft.shards.label_space import LabelSpace, is_imagenet
 from rft.text import printable, shown
 
 SHOWN = 12  # names on a line

@@ -10,15 +10,7 @@ from collections.abc import Sequence
 
 from rft import cli, packages
 from rft.sets import BENCHMARKS
-from rft.shards.label_space import LabelSpace
-
-IMAGENET_CLASSES = 1000
-
-
-def is_imagenet(labels: LabelSpace) -> bool:
-    """Whether the class ids are ImageNet-1k's, in its order."""
-    # the length first: it saves loading ImageNet's lists for other label spaces
-    return len(labels) == IMAGENET_CLASSES and labels.ids == LabelSpace.imagenet().ids
+from rft.shards.label_space import LabelSpace, is_imagenet
 
 
 def published_classes(dataset: str, labels: LabelSpace) -> tuple[str, ...] | None:

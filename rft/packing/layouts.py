@@ -39,6 +39,7 @@ VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 # downloaded archives, which may lie beside the tars of classes
 DOWNLOAD = re.compile("ILSVRC|imagenet|objectnet", re.IGNORECASE)
 Place = TypeVar("Place")
+SUBSET = "; for a subset of classes, name it with --classes FILE"
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
 
 
@@ -79,7 +80,8 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             # any member of the group may be the label: scoring only uses the group
             class_of = {folder: members[0] for folder, members in groups_of.items()}
             present = [name for name in class_folders(root) if name in class_of]
-            _require_all(root, present, list(class_of))
+            # its mappings are of all classes, so --classes cannot name a subset
+            _require_all(root, present, list(class_of), subset="")
             groups = tuple(groups_of.values())
         elif known.class_list is not None:  # published for some of the classes
             present = _present(known, root, source, class_of)
@@ -322,12 +324,14 @@ def _require_known(root: Path, present: Sequence[str], class_of: Mapping[str, in
             )
 
 
-def _require_all(root: Path, present: Sequence[str], expected: Sequence[str]) -> None:
+def _require_all(
+    root: Path, present: Sequence[str], expected: Sequence[str], subset: str = SUBSET
+) -> None:
     missing = sorted(set(expected) - set(map(composed, present)))
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(expected)} classes are missing in {root} "
-            f"(first: {missing[0]}); download or extract the archive again"
+            f"(first: {missing[0]}); download or extract the archive again{subset}"
         )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,6 +52,11 @@ from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, doc
 from rft.text import counted, printable
 
 ALGORITHM = 2  # part of the plan: raise it when the order, the cut or the members change
+# parameters of a plan that are hashes, and what a different hash means
+HASHED = {
+    "items": "the list of images changed",
+    "labels": "the names, ids or templates of the classes (--classes) changed",
+}
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
 
 log = logging.getLogger(__name__)
@@ -115,19 +120,52 @@ def pack(
     options: Options,
     allowed_count: int | None = None,
 ) -> bool:
-    """Pack `dataset`, found at or below the folder `source`, into `out/dataset`.
+    """Pack one data set, as `pack_all`."""
+    allowed = {} if allowed_count is None else {dataset: allowed_count}
+    return pack_all([dataset], source, out, labels, options, allowed)
 
-    In ImageNet's label space the number of images must be the published one, or `allowed_count`.
-    Returns and raises as `pack_source`.
+
+def pack_all(
+    datasets: Sequence[str],
+    source: str,
+    out: str,
+    labels: LabelSpace,
+    options: Options,
+    allowed: Mapping[str, int],
+) -> bool:
+    """Pack `datasets`, found at or below the folder `source`, into `out/DATASET` each.
+
+    All are listed before the first is packed, which may take hours. In ImageNet's label space the
+    number of images must be the published one, or the one in `allowed`.
+
+    Returns:
+        Whether all are complete, as `pack_source`.
+
+    Raises:
+        ValueError: as `pack_source`; one error for all sets that cannot be listed.
     """
     _check(options)  # before a listing that may take minutes
+    sources, errors = [], []
+    for dataset in datasets:
+        try:
+            sources.append(_listed(dataset, source, out, labels, allowed.get(dataset)))
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("; and ".join(dict.fromkeys(errors)))
+    complete = [pack_source(found, out, labels, options) for found in sources]
+    return all(complete)
+
+
+def _listed(dataset: str, source: str, out: str, labels: LabelSpace, allowed: int | None) -> Source:
+    """List the images of a benchmark, and check their number and the output folder."""
     require_apart(folders_read(dataset, Path(source)), out, [dataset])
     found = read_source(dataset, Path(source), labels)
-    log.info(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}")
+    log.info(f"{dataset}: {counted(len(found.items), 'image')} in {printable(found.layout)}")
     if found.links:
         log.info(f"{dataset}: {found.links}", extra=ASIDE)
-    check_count(dataset, len(found.items), labels, allowed_count)
-    return pack_source(found, out, labels, options)
+    check_count(dataset, len(found.items), labels, allowed)
+    return found
 
 
 def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) -> bool:
@@ -280,7 +318,7 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
         found = files.read_document(plan_url, dict)
         if found == plan.parameters:
             return
-        changes = "; ".join(files.difference(found, plan.parameters))
+        changes = "; ".join(_changes(found, plan.parameters))
         records = file_sizes(files.join(url, COMMITS))
         shards = {*names, *records} - {PLAN, COMMITS}
         # an empty commit/ and temporary files are not data of that plan
@@ -298,6 +336,12 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
     elif not create:
         raise ValueError(f"nothing is packed at {url} yet; run without --finalize first")
     files.write_json(plan_url, plan.parameters)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Describe how two plans differ; of lists, a plan has only a hash, which would say nothing."""
+    for name, was, now in files.differing(old, new):
+        yield HASHED.get(name, f"{name}: {was!r} -> {now!r}")
 
 
 def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int = 0) -> Manifest:
@@ -470,8 +514,8 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
         return False
     if manifest.quarantined > max_bad:
         raise ValueError(
-            f"{url} is packed without {manifest.quarantined} images, --max-bad allows {max_bad}; "
-            f"raise it, or repair them ({QUARANTINE}), delete that folder and pack again"
+            f"{url} is packed without {counted(manifest.quarantined, 'image')}, --max-bad allows "
+            f"{max_bad}; raise it, or repair them ({QUARANTINE}), delete that folder and pack again"
         )
     listed = f" ({manifest.quarantined} left out: {files.join(url, QUARANTINE)})"
     left_out = listed if manifest.quarantined else ""

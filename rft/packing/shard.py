@@ -27,6 +27,7 @@ from rft.shards.manifest import Shard
 from rft.shards.samples import source_hash
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
+from rft.text import counted
 
 NAMED_IN_ERRORS = 3  # unreadable images
 COMMIT_BYTES = 2**28  # three times the record of ImageNet in a single shard
@@ -215,9 +216,10 @@ def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
     """Make the error for more unreadable images than are allowed."""
     first = "; ".join(f"{entry.path} {entry.reason}" for entry in bad[:NAMED_IN_ERRORS])
     more = ", ..." if len(bad) > NAMED_IN_ERRORS else ""
+    them = "them" if bad[1:] else "it"
     return ValueError(
-        f"{len(bad)} images cannot be read, --max-bad allows {allowed} ({first}{more}); replace "
-        f"them, or pass --max-bad {len(bad)} or more; finished shards are kept"
+        f"{counted(len(bad), 'image')} cannot be read, --max-bad allows {allowed} ({first}{more}); "
+        f"replace {them}, or pass --max-bad {len(bad)} or more; finished shards are kept"
     )
 
 

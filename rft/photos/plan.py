@@ -4,6 +4,7 @@ The layout of OUT: `shards/` the packed photos, `runs/` the models, `choice.json
 them, `report/` the report, `model/` the export.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,4 +241,4 @@ def table(
     lines = [
         f"  {one.name:32}{about(left[one.name]) if one.name in left else 'done'}" for one in stages
     ]
-    return [*lines, f"  {'all':32}{about(sum(left.values()))}"]
+    return [*lines, f"  {'all':32}{about(sum(left.values()), math.ceil)}"]

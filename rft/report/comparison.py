@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from rft.paper import Published, all_published, model_name, published
 from rft.report import tables
-from rft.report.read import Run
+from rft.report.read import Run, other_classes
 from rft.report.tables import (
     ABSENT,
     COLUMNS,
@@ -64,7 +64,7 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     if all(pair.ours is None for pair in pairs):
         return None
     named = f"{model}, here {', '.join(clips)}" if clips else model
-    parts = [*_caption(pairs, named, scales), tables.precisions(rows).strip()]
+    parts = [*_caption(pairs, named, scales), other_classes(runs), tables.precisions(rows).strip()]
     caption = " ".join(part for part in parts if part)
     # left-aligned: cells with a spread are longer, and only the numbers before it line up
     text = TextTable(caption, ["", *map(heading, COLUMNS)], text_lines(pairs), justify="left")

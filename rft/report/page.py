@@ -35,7 +35,7 @@ from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.mistakes import Pictures, RowMistakes
-from rft.report.read import TRANSDUCTIVE, Run, load_runs, shown_settings
+from rft.report.read import TRANSDUCTIVE, Run, load_runs, other_classes, shown_settings
 from rft.report.summary import Summary, is_default, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.templates import data_url, environment
@@ -262,6 +262,8 @@ def show(report: Report, console: Console) -> None:
     """Print the tables of the runs, and a pointer to the paper's numbers."""
     if any(run.config.scale == "miniature" for run in report.runs):
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
+    if caveat := other_classes(report.runs):
+        console.print(caveat)
     for table in report.tables:
         console.print(tables.console_table(table))
         console.print()

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from rft import classes
+from rft.classes import Classes
 from rft.config import settings
 from rft.report.variants import variants
 from rft.runs import filenames, header, records
@@ -24,6 +25,8 @@ from rft.runs.folder import (
     unfinished,
 )
 from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
+from rft.sets import TEST_SETS
+from rft.shards.label_space import IMAGENET_CLASSES, is_imagenet
 from rft.storage import documents, files, urls
 from rft.text import to_ascii
 
@@ -54,6 +57,8 @@ class Run:
     metrics: tuple[Metrics, ...]
     """Lines of metrics.jsonl; a merged model has none."""
     unfinished: bool = False
+    classes: Classes | None = None
+    """Classes of its head; None if no weights name them."""
     notes: tuple[str, ...] = ()
     """Caveats about the run, for the page."""
 
@@ -110,7 +115,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     _check_same_classes(runs)
     _check_seeds(runs)
     _check_same_data(runs)
-    return [replace(run, notes=tuple(_notes(run))) for run in runs]
+    return [replace(run, notes=tuple(_notes(run)), classes=_classes(run)) for run in runs]
 
 
 def _notes(run: Run) -> Iterator[str]:
@@ -124,18 +129,34 @@ def _notes(run: Run) -> Iterator[str]:
         yield f"its {filenames.CONFIG} was changed after the evaluation"
 
 
-def classes_of(runs: Sequence[Run], name: str) -> classes.Classes | None:
+def classes_of(runs: Sequence[Run], name: str) -> Classes | None:
     """Find the classes of the heads that were evaluated on a set; None if no weights name them.
 
     All heads have the same classes, because `load_runs` refuses others.
     """
+    known = (run.classes for run in runs if name in run.counts)
+    return next(filter(None, known), None)
+
+
+def other_classes(runs: Sequence[Run]) -> str:
+    """Write a caveat if benchmarks were evaluated in a label space that is not ImageNet's.
+
+    Empty for the miniature world, which has its own caveat.
+    """
+    if any(run.config.scale == "miniature" for run in runs):
+        return ""
     for run in runs:
-        weights = checkpoint_path(run.path)
-        if name not in run.counts or not weights.is_file():
-            continue
-        if (known := header.read_entries(weights).classes) is not None:
-            return known
-    return None
+        if run.classes and run.counts.keys() & set(TEST_SETS) and not is_imagenet(run.classes):
+            return (
+                f"{len(run.classes):,} classes, not ImageNet's {IMAGENET_CLASSES:,}: these numbers "
+                "cannot be compared with published ones."
+            )
+    return ""
+
+
+def _classes(run: Run) -> Classes | None:
+    weights = checkpoint_path(run.path)
+    return header.read_entries(weights).classes if weights.is_file() else None
 
 
 def _require_affordable(paths: Sequence[Path]) -> None:

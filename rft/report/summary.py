@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from rft.report import alarms, details, tables
 from rft.report.measures import IMAGES, Measures, significant
-from rft.report.read import TRANSDUCTIVE, Run
+from rft.report.read import TRANSDUCTIVE, Run, other_classes
 from rft.report.tables import (
     OOD_COLUMN,
     Row,
@@ -162,6 +162,7 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
             "Miniature world: a tiny CLIP on procedural images. Columns are stand-ins named after "
             "the benchmarks, and their numbers do not apply to ImageNet."
         )
+    yield from filter(None, [other_classes(runs)])
     single = [row.name for row in rows if len(row.seeds) == 1 and row.recipe != "zero-shot"]
     if single and not _is_single(rows):
         which = f"{_listed(single)}:" if len(single) <= NAMED else f"{len(single)} systems have"

@@ -17,6 +17,7 @@ from rft.storage.documents import Text, document
 from rft.text import shown
 
 MARK = "{c}"  # the class name's position in a template; CLIP_benchmark's convention
+IMAGENET_CLASSES = 1000
 CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them start and end
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,14 @@ class LabelSpace:
             ValueError: if the file is absent or does not describe a label space.
         """
         return files.read_document(path, LabelSpace)
+
+
+def is_imagenet(labels: LabelSpace | Classes) -> bool:
+    """Whether the class ids are ImageNet-1k's, in its order; old heads have only their number."""
+    # the length first: it saves loading ImageNet's lists for other label spaces
+    if len(labels) != IMAGENET_CLASSES or not labels.ids:
+        return len(labels) == IMAGENET_CLASSES
+    return labels.ids == LabelSpace.imagenet().ids
 
 
 def scoring_hash(

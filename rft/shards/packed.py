@@ -42,9 +42,10 @@ class PackedSet:
         *,
         cache: Cache | None = None,
         max_pixels: float = MAX_PIXELS,
+        option: str = "",
     ) -> None:
         self.url = url
-        self.manifest = Manifest.load(url)
+        self.manifest = Manifest.load(url, option)
         note_other_stores(url, self.manifest)
         self.index = Index.load(url, self.manifest)
         self.max_pixels = max_pixels

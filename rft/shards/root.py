@@ -11,10 +11,6 @@ from rft.storage.urls import set_name
 
 LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
-CHOOSE = (
-    "name one with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), "
-    "or check --data"
-)
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
@@ -42,25 +38,29 @@ def packed_sets(root: str, most: int | None = LOOKED_AT) -> list[str]:
     return [name for name in folders if files.exists(files.join(root, name, MANIFEST))]
 
 
-def why_missing(url: str) -> str:
-    """Guess from the files around a URL why it has no manifest, as a hint; empty if unknown."""
+def why_missing(url: str, option: str = "") -> str:
+    """Guess from the files around a URL why it has no manifest, as a hint; empty if unknown.
+
+    `option` is the one with which the running command names a set, if it has one.
+    """
     if url.startswith(("http://", "https://")):
         return ""  # web servers have no listing
     with contextlib.suppress(OSError, ValueError):
-        return _hint(url)
+        return _hint(url, option)
     return ""
 
 
-def _hint(url: str) -> str:
+def _hint(url: str, option: str) -> str:
+    choose = f"name one with {option} NAME, or check --data" if option else "check --data"
     root, _, name = url.rstrip("/").rpartition("/")
     # the plan is written first and the manifest last
     if PLAN in files.names(url):
         return "packing has not finished; rerun the same command"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else CHOOSE
+        hint = f"did you mean {close[0]!r}?" if close else choose
         if name in BENCHMARKS:  # no typing error
-            hint = f"pack {name} too (docs/data.md), or {CHOOSE}"
+            hint = f"pack {name} too (docs/data.md), or {choose}"
         return f"{root} has the sets {_listed(found)}; {hint}"
     # --data is one level too deep
     if files.exists(files.join(root, MANIFEST)):

@@ -45,7 +45,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     loader = config.loader
     cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
     url = files.join(config.data, config.train_set)
-    packed = PackedDataset(url, cache=cache, max_pixels=loader.max_pixels)
+    packed = PackedDataset(url, cache=cache, max_pixels=loader.max_pixels, option="--train-set")
     warn_of_one_class(packed.url, packed.manifest.groups)
     require_no_test_images(config.data, config.train_set, packed.manifest, packed.index.key)
     plan, samples, held_out = plan_training(packed, config)

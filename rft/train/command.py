@@ -135,7 +135,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     require_packages(config)
     if config.scale == "small":
         url = files.join(config.data, config.train_set)
-        size = small.Size.of(Index.load(url, Manifest.load(url)).label)
+        size = small.Size.of(Index.load(url, Manifest.load(url, "--train-set")).label)
         # with --like, keep the chosen run's numbers, with which it was compared
         named = set(small.OPTIONS) if like else _named(options, small.OPTIONS)
         config = small.fit(config, size, ranks, named)

@@ -5,7 +5,6 @@ Sizes of weights, data and checkpoints are exact; rft/train/memory.py counts the
 
 import contextlib
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import numpy as np
 import torch
 from rich.filesize import decimal
 
-from rft import recipes, small
+from rft import cli, recipes, small
 from rft.config import Config
 from rft.loading.order import Plan
 from rft.runs import filenames, records
+from rft.text import counted
 from rft.train import features
 from rft.train.job import Job
 from rft.train.memory import counts_all_tokens, module_bytes, needs, state_bytes
@@ -46,14 +46,15 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
     manifest = packed.manifest
     stored = size(sum(shard.bytes for shard in manifest.shards))
     gpus = ranks if ranks > 1 else max(1, torch.cuda.device_count())
-    start = ["torchrun", "--nproc_per_node", str(gpus), "-m", "rft.train", *arguments]
+    start = cli.next_step(["-m", "rft.train", *arguments], ranks=gpus)
     sections = {
         "Configuration (* differs from the recipe's default)": configuration(
             config, why, small.rule(config, set_size, ranks)
         ),
         "Data": [
-            f"{config.train_set}: {len(packed):,} samples of {len(manifest.classes):,} classes in "
-            f"{len(manifest.shards):,} shards, {stored} ({manifest.encoding['kind']})",
+            f"{config.train_set}: {counted(len(packed), 'sample')} of {len(manifest.classes):,} "
+            f"classes in {counted(len(manifest.shards), 'shard')}, {stored} "
+            f"({manifest.encoding['kind']})",
             f"{job.batches.plan.samples:,} to train on{shots(config)}, "
             f"{len(job.held_out):,} held out",
             *small.rule_in_words(config, set_size, ranks),
@@ -62,7 +63,7 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
         "Memory of a rank": memory_table(job) if job.total_steps else ["nothing is trained"],
         "Time": expected_time(job),
         "I/O": traffic(job),
-        "Next": [shlex.join(start)],
+        "Next": [start.removeprefix("next: ")],
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in ls)]) for title, ls in sections.items()]
     return "\n\n".join(blocks)
@@ -112,8 +113,8 @@ def _shown(value: Any) -> str:
 def steps(config: Config, plan: Plan, total: int) -> list[str]:
     """Count the run's optimizer steps and the finished ones; warn of an unsuitable schedule."""
     lines = [
-        f"{plan.steps_per_epoch:,} per epoch, {total:,} in {config.optim.epochs} epochs of global "
-        f"batch {plan.batch_size:,}"
+        f"{plan.steps_per_epoch:,} per epoch, {total:,} in {counted(config.optim.epochs, 'epoch')} "
+        f"of global batch {plan.batch_size:,}"
     ]
     if warning := schedule_warning(total, config.optim):
         log.warning(warning)
@@ -166,8 +167,8 @@ def expected_time(job: Job) -> list[str]:
     except ValueError as error:
         return [f"not measured: {error}"]
     return [
-        f"{about(seconds * job.total_steps)} for {job.total_steps:,} steps, at {seconds:.3g} s per "
-        "step, measured on this machine just now;",
+        f"{about(seconds * job.total_steps)} for {counted(job.total_steps, 'step')}, at "
+        f"{seconds:.3g} s per step, measured on this machine just now;",
         "reading images, held-out images and checkpoints come on top",
     ]
 

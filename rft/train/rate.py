@@ -109,15 +109,16 @@ def forward_seconds(model: nn.Module, image_size: int, device: torch.device) -> 
     return seconds_of(lambda: model(images_BCHW), device) / IMAGES
 
 
-def about(seconds: float) -> str:
+def about(seconds: float, nearest: Callable[[float], int] = round) -> str:
     """Format a time roughly: to ten seconds, minutes, or a tenth of an hour.
 
-    Measured rates are no more precise than that.
+    Measured rates are no more precise than that. With `math.ceil`, a total is not below the sum of
+    its parts.
     """
     if seconds < 8:
         return "a few seconds"
     if seconds < 95:
-        return f"about {max(10, 10 * round(seconds / 10))} s"
+        return f"about {max(10, 10 * nearest(seconds / 10))} s"
     if seconds < 95 * 60:
-        return f"about {round(seconds / 60)} min"
-    return f"about {seconds / 3600:.1f} h"
+        return f"about {nearest(seconds / 60)} min"
+    return f"about {nearest(seconds / 360) / 10:.1f} h"

@@ -155,7 +155,7 @@ def check_identity(config: Config) -> None:
     if config.precision == "auto":
         new["precision"] = old["precision"]
     if changed := files.difference(old, new):
-        option = repeat_precision(old, new) + small.repeat_numbers(old, new)
+        option = repeat_precision(old, new) + small.repeat_options(old, new)
         raise ValueError(
             f"{config.run} holds a run with a different configuration: {'; '.join(changed)}. "
             f"Repeat its options to resume it{option}, or choose another --run-dir "

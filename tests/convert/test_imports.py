@@ -168,7 +168,7 @@ def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, t
     line = refused("import", released, *out, "--clip", formats.NAME, "--data", tmp_path)
     assert "no packed dataset at" in line
     known = ("--clip", formats.NAME, "--data", tiny_data, "--set", "unlike-all")
-    assert "or --set NAME (others), or check --data" in refused("import", released, *out, *known)
+    assert "name one with --set NAME, or check --data" in refused("import", released, *out, *known)
     line = refused("import", released, *out, "--clip", formats.NAME, "--recipe", "a\x1bb")
     assert "import: recipe is " in line
     line = refused("import", released, "--out", "s3://bucket/run", "--clip", formats.NAME)

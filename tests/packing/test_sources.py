@@ -25,7 +25,6 @@ from PIL import Image
 from rft.packing.archives import tar_members
 from rft.packing.expected import (
     check_count,
-    is_imagenet,
     parse_allowed_counts,
     published_classes,
 )
@@ -35,7 +34,7 @@ from rft.packing.pack import Options, pack
 from rft.packing.source import Source, read_item
 from rft.sets import BENCHMARKS
 from rft.shards.keys import make_keys
-from rft.shards.label_space import LabelSpace
+from rft.shards.label_space import LabelSpace, is_imagenet
 from rft.storage import local
 from tests.packing.test_photo_folders import SPECIAL
 from tests.tiny import unstamped

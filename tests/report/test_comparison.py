@@ -9,11 +9,14 @@ import pytest
 from rich.console import Console
 
 from rft import paper
+from rft.classes import Classes
 from rft.paper import VIT_B_16, VIT_B_32, published
 from rft.report import comparison as beside
 from rft.report import tables
 from rft.report.comparison import rank_correlation
+from rft.report.read import other_classes
 from rft.report.tables import COLUMNS, OOD_COLUMN
+from rft.shards.label_space import LabelSpace
 from tests.report.make_runs import configured, run_of
 
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
@@ -148,6 +151,24 @@ def test_the_caption_says_what_cannot_be_compared():
     assert "levels" not in of(run, scale="paper").text.caption
     assert "miniature world's" in of(run, scale="miniature").text.caption
     assert "another training set" in of(run, scale="small").text.caption
+
+
+def test_a_subset_of_the_classes_is_no_benchmark():
+    four = Classes(names=("a", "b", "c", "d"))
+    run = replace(run_of("vanilla", 0, ALL), classes=four)
+    caveat = "4 classes, not ImageNet's 1,000: these numbers cannot be compared with published"
+    for scale in ("paper", "small"):
+        assert caveat in of(run, scale=scale).text.caption
+    # of its own
+    assert "4 classes" not in of(run, scale="miniature").text.caption
+    for names, ids in (
+        (LabelSpace.imagenet().names, LabelSpace.imagenet().ids),
+        (("a",) * 1000, ()),
+    ):
+        imagenet = replace(run, classes=Classes(names=names, ids=ids))
+        assert "classes, not" not in of(imagenet, scale="paper").text.caption
+    own = replace(run, results=replace(run.results, sets={"test": run.counts["imagenet-val"]}))
+    assert other_classes([own]) == ""
 
 
 def ranked(order, absent=()):

@@ -42,11 +42,10 @@ def root(tmp_path) -> Path:
         ("shards/imagenet-w", "{root}/shards has the sets imagenet-train, imagenet-val; did you "
          "mean 'imagenet-val'?"),
         ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one "
-         "with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), or "
-         "check --data"),
+         "with --sets NAME, or check --data"),
         # a benchmark that is not packed yet is no typing error of a similar name
         ("shards/imagenet-v2", "{root}/shards has the sets imagenet-train, imagenet-val; pack "
-         "imagenet-v2 too (docs/data.md), or name one with --train-set NAME"),
+         "imagenet-v2 too (docs/data.md), or name one with --sets NAME, or check --data"),
         ("imagenet-val", "{root}/shards has the sets imagenet-train, imagenet-val; did you mean "
          "--data {root}/shards?"),
         ("shards/imagenet-train/imagenet-train", "{root}/shards/imagenet-train is a packed set "
@@ -60,7 +59,7 @@ def test_a_set_that_is_missing(root, url, hint):
     with pytest.raises(
         ValueError, match=r"no packed dataset at .*: manifest.json is missing; "
     ) as e:
-        Manifest.load(f"{root}/{url}")
+        Manifest.load(f"{root}/{url}", "--sets")
     assert str(e.value).split("is missing; ")[1].startswith(hint.format(root=root))
 
 
@@ -82,9 +81,7 @@ def test_a_root_with_many_folders(tmp_path):
         (tmp_path / f"{number:03d}").mkdir()
         (tmp_path / f"{number:03d}" / "manifest.json").write_text("{}")
     assert len(packed_sets(str(tmp_path))) == LOOKED_AT
-    with pytest.raises(
-        ValueError, match=f"and {LOOKED_AT - SHOWN} more; name one with --train-set NAME"
-    ):
+    with pytest.raises(ValueError, match=f"and {LOOKED_AT - SHOWN} more; check --data"):
         Manifest.load(f"{tmp_path}/x")
 
 
@@ -98,9 +95,12 @@ def test_the_commands_say_it(tiny_data, refused, tmp_path):
     assert sets in line
     line = refused(evaluate_command, model, "--data", tiny_data.parent)
     assert f"did you mean --data {tiny_data}?" in line
+    # only the option that the command has
+    line = refused(evaluate_command, model, "--data", tiny_data, "--sets", "imagenet-v2")
+    assert "name one with --sets NAME, or check --data" in line
     run = ("--run-dir", tmp_path / "run")
     line = refused(train_command, "vanilla", "--data", tiny_data, "--train-set", "tests", *run)
-    assert sets in line
+    assert f"{sets}; name one with --train-set NAME, or check --data" in line
     line = refused(*(train_command, "vanilla", "--data", tmp_path / "no", "--scale", "small", *run))
     assert f"nothing exists at {tmp_path / 'no'}" in line
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from rft import cli, recipes
+from rft import cli, commands, recipes
 from rft.config import Config
 from rft.dist import World
 from rft.train import build
@@ -58,7 +58,7 @@ def test_numbers_of_ranks_that_can_share_the_batch(prepare):
 
 
 @pytest.mark.slow
-def test_what_it_says(prepare, arguments, tmp_path):
+def test_what_it_says(prepare, arguments, tmp_path, monkeypatch):
     job = prepare("--seed", "7")
     text = estimate(job, [*arguments, "--seed", "7"])
     assert "* seed                     7  (the recipe's is 0)" in text
@@ -70,14 +70,15 @@ def test_what_it_says(prepare, arguments, tmp_path):
     assert "counted by torch's tracker; GPU context" in text
     assert re.search(r"\n  ranks  images.*\n +1 +12 +12 +[\d.]+ kB\n +2 +6 +6 ", text)
     assert "writes 6 checkpoints of " in text
-    assert text.splitlines()[-1].startswith(
-        "  torchrun --nproc_per_node 1 -m rft.train object-mask-single-fill --data "
-    )
+    assert text.splitlines()[-1].startswith("  python -m rft.train object-mask-single-fill --data ")
     assert not (tmp_path / "run").exists()
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "progress.json").write_text(json.dumps({"step": 12, "of": 15}))
     assert "12 of them are done" in estimate(job, arguments)
+    # in the spelling of the running command
+    monkeypatch.setenv(commands.STARTED, "rft train")
+    assert "\n  rft train object-mask-single-fill --data " in estimate(job, arguments)
 
 
 def test_zero_shot_trains_nothing(prepare):

@@ -1,6 +1,7 @@
 """Rates that are measured before a run."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -76,3 +77,8 @@ def test_ranks_that_share_a_step_are_not_measured():
 )
 def test_times_are_as_precise_as_they_are_known(seconds, text):
     assert about(seconds) == text
+
+
+def test_a_total_is_not_below_the_sum_of_its_parts():
+    totals = [about(seconds, math.ceil) for seconds in (7, 31, 121, 148, 9001)]
+    assert totals == ["a few seconds", "about 40 s", "about 3 min", "about 3 min", "about 2.6 h"]

@@ -5,9 +5,9 @@ from typing import Literal
 
 import tyro
 
-from rft import cli, recipes
+from rft import cli, next_steps
 from rft.packing.expected import parse_allowed_counts
-from rft.packing.pack import Options, pack
+from rft.packing.pack import Options, pack_all
 from rft.shards.label_space import choose_labels
 
 
@@ -49,19 +49,14 @@ def main() -> None:
     labels = choose_labels(command.classes)
     datasets = [f"imagenet-{split}" for split in command.splits]
     allowed = parse_allowed_counts(command.allow_count, datasets)
-    complete = [
-        pack(name, command.source, command.out, labels, command.packing, allowed.get(name))
-        for name in datasets
-    ]
-    if all(complete):
+    if pack_all(datasets, command.source, command.out, labels, command.packing, allowed):
         say_next(command)
 
 
 def say_next(command: ShardImagenet) -> None:
     """Print the command that trains on the set, or evaluates on it if only val was packed."""
-    words: list[str] = ["-m", "rft.train", recipes.DEFAULT, "--data", command.out]
     if "train" in command.splits:
-        cli.say_next(cli.next_step([*words, "--run-dir", "runs/first"], on_gpus=True))
+        cli.say_next(next_steps.training(command.out))
     else:
         words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", "imagenet-val"]
         unknown = {"RUN": "folder of a run that was trained"}

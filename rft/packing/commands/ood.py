@@ -6,7 +6,7 @@ import tyro
 
 from rft import cli
 from rft.packing.expected import parse_allowed_counts
-from rft.packing.pack import Options, pack
+from rft.packing.pack import Options, pack_all
 from rft.sets import Ood
 from rft.shards.label_space import choose_labels
 
@@ -44,11 +44,7 @@ def main() -> None:
         raise ValueError("--benchmark names nothing to pack")
     labels = choose_labels(command.classes)
     allowed = parse_allowed_counts(command.allow_count, command.benchmark)
-    complete = [
-        pack(name, command.source, command.out, labels, command.packing, allowed.get(name))
-        for name in command.benchmark
-    ]
-    if all(complete):
+    if pack_all(command.benchmark, command.source, command.out, labels, command.packing, allowed):
         words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", *command.benchmark]
         unknown = {"RUN": "folder of a run that was trained"}
         cli.say_next(cli.next_step(words, unknown=unknown, on_gpus=True))

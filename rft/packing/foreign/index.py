@@ -20,7 +20,7 @@ import numpy as np
 
 from rft.log import ASIDE
 from rft.packing import encode
-from rft.packing.expected import check_count, is_imagenet, parse_allowed_counts
+from rft.packing.expected import check_count, parse_allowed_counts
 from rft.packing.foreign.labels import contradiction, read_label, resolve_label
 from rft.packing.foreign.patterns import expand
 from rft.packing.foreign.rule import Options, Rule, make_rule
@@ -42,7 +42,7 @@ from rft.shards.folder import INDEX, MANIFEST, PLAN, QUARANTINE, SAMPLES
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
 from rft.shards.images import encoding_parameters, load_image
 from rft.shards.index import COLUMNS, INDEX_BYTES, KEY_BYTES, Index
-from rft.shards.label_space import LabelSpace, scoring_hash
+from rft.shards.label_space import LabelSpace, is_imagenet, scoring_hash
 from rft.shards.manifest import Manifest, Shard, declared, require_declarable, require_named
 from rft.shards.samples import Samples, source_hash
 from rft.storage import documents, files
