@@ -43,6 +43,7 @@ from rft.runs import filenames, predictions, records
 from rft.runs.folder import current_results
 from rft.runs.records import Bank, Cluster, Clusters, Fitted, Temperature
 from rft.sets import TEST_SETS
+from rft.shards.guard import Seen
 from rft.shards.manifest import Manifest
 from rft.shards.root import set_names
 from rft.storage import files
@@ -204,16 +205,16 @@ def _read(arguments: Ose | Vrf | Dawin) -> Pair:
 
 def _look(
     found: Pair, manifests: Mapping[str, Manifest], arguments: Shared, world: World
-) -> tuple[bool, dict[str, int], Fitted | None]:
+) -> tuple[bool, dict[str, Seen], Fitted | None]:
     """Check for existing results, test images that were trained on, and earlier fits.
 
     Rank 0 decides, because files may change while others check them.
     """
 
-    def look() -> tuple[bool, dict[str, int], Fitted | None]:
+    def look() -> tuple[bool, dict[str, Seen], Fitted | None]:
         of_each = images_seen([one.path for one in found.models], arguments.data, manifests)
         # an image that either model has seen must not test the ensemble
-        seen = {name: max(one.get(name, 0) for one in of_each) for name in manifests}
+        seen = {name: max(one.get(name, Seen()) for one in of_each) for name in manifests}
         done = is_current(found.path, manifests)
         if done:
             record_seen(found.path, seen)
@@ -226,7 +227,7 @@ def _evaluate(
     found: Pair,
     arguments: Ose | Vrf | Dawin,
     packed: Mapping[str, PackedDataset],
-    seen: Mapping[str, int],
+    seen: Mapping[str, Seen],
     world: World,
     device: torch.device,
 ) -> None:

@@ -37,7 +37,7 @@ from rft.runs.folder import checkpoint_path, current_results, unfinished
 from rft.runs.trained_on import TrainedOn, of_model
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
-from rft.shards.guard import seen_images
+from rft.shards.guard import Seen, seen_images
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, warn_of_one_class
 from rft.storage import files
@@ -179,13 +179,13 @@ def warn_of_other_split(systems: Sequence[System], data: str) -> None:
 
 def images_seen(
     systems: Sequence[System], data: str, manifests: Mapping[str, Manifest]
-) -> list[dict[str, int]]:
+) -> list[dict[str, Seen]]:
     """Count for each system the images of each set that it was trained on, with a warning.
 
     Training accuracy may be intended, so it is only a warning, and results.json has the count.
     """
     found, known = [], {}
-    models: dict[tuple[str, int], list[str]] = {}
+    models: dict[tuple[str, Seen], list[str]] = {}
     for one in systems:
         path = path_of(one)
         trained_on = of_model(path, header_of(one).metadata)
@@ -197,12 +197,15 @@ def images_seen(
         for seen in known[trained_on].items():
             models.setdefault(seen, []).append(str(path))
     # one warning for all models: they often have the same training set
-    for (name, count), paths in models.items():
+    for (name, (count, other)), paths in models.items():
         total = manifests[name].samples
         was, its = ("were", "their") if paths[1:] else ("was", "its")
+        labels = f" ({other:,} under a different label; one label is wrong)" if other else ""
+        off = [(count - other, "high"), (other, "low")]
+        points = [f"up to {100 * n / total:.3g} points too {which}" for n, which in off if n]
         log.warning(
-            f"{', '.join(paths)} {was} trained on {count:,} of the {total:,} images of {name}: "
-            f"{its} accuracy there is up to {100 * count / total:.3g} points too high"
+            f"{', '.join(paths)} {was} trained on {count:,} of the {total:,} images of {name}"
+            f"{labels}: {its} accuracy there is {' and '.join(points)}"
         )
     return found
 

@@ -19,6 +19,7 @@ from rft.runs import predictions
 from rft.runs.folder import current_results, results_path
 from rft.runs.records import Results, SetCount, Temperature
 from rft.sets import Score
+from rft.shards.guard import Seen
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
@@ -55,7 +56,7 @@ class Evaluated(NamedTuple):
     manifest_sha256: str
     temperature: Temperature | str | None = None
     """Fitted on held-out images; the reason if it was requested but not fitted."""
-    seen: int = 0
+    seen: Seen = Seen()
     """Images of the set that the model was trained on."""
     score: Score = "top1"
     ood: bool = False
@@ -110,14 +111,18 @@ def write_results(one: Counted, sets: Mapping[str, Evaluated]) -> None:
     cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")
 
 
-def record_seen(checkpoint: Path, seen: Mapping[str, int]) -> None:
+def record_seen(checkpoint: Path, seen: Mapping[str, Seen]) -> None:
     """Record how many images of each set a model was trained on, in results that are current.
 
     `seen` has no entry if the training set is no longer available; then the old number is kept.
     """
     results = current_results(checkpoint)
     counts = results.sets if results else {}
-    newer = {n: replace(counts[n], seen=k) for n, k in seen.items() if counts[n].seen != k}
+    newer = {
+        name: replace(counts[name], seen=one.images, seen_other_label=one.other_label)
+        for name, one in seen.items()
+        if (counts[name].seen, counts[name].seen_other_label) != one
+    }
     if results and newer:
         found = replace(results, sets={**counts, **newer})
         files.write_json(str(results_path(checkpoint)), asdict(found))
@@ -160,7 +165,8 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
         logits_sha256=half_sha256,
         temperature=None if isinstance(found.temperature, str) else found.temperature,
         no_temperature=found.temperature if isinstance(found.temperature, str) else "",
-        seen=found.seen,
+        seen=found.seen.images,
+        seen_other_label=found.seen.other_label,
     )
 
 

@@ -102,6 +102,8 @@ class SetCount:
     """Why no temperature was fitted although --temperature was given."""
     seen: Count = 0
     """Images of the set that the model was trained on, as far as is known."""
+    seen_other_label: Count = 0
+    """Of these, the images that its training sets have only under other labels."""
     score: Score = "top1"
     """The set's own score, as its manifest declares it."""
     ood: bool = False
@@ -114,6 +116,8 @@ class SetCount:
     def __post_init__(self) -> None:
         if self.correct > self.total:
             raise ValueError(f"{self.correct} are correct of {self.total}; it must not be more")
+        if self.seen_other_label > self.seen:
+            raise ValueError(f"seen_other_label is {self.seen_other_label}, seen is {self.seen}")
         if (self.value is None) != (self.score == "top1"):
             raise ValueError(f"value is {self.value}, and score is {self.score!r}")
 

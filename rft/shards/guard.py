@@ -12,9 +12,11 @@ import contextlib
 import logging
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
+from rft.classes import mismatch
 from rft.sets import ID_SET, TEST_SETS, TRAIN_SET
 from rft.shards.folder import MANIFEST
 from rft.shards.index import Index
@@ -28,6 +30,14 @@ OFFICIAL_COPIES = 1000  # up to one image in so many of ImageNet's training set 
 EVALUATED = "those of the evaluated sets"
 
 log = logging.getLogger(__name__)
+
+
+class Seen(NamedTuple):
+    """Counts of a test set's images that a model was trained on."""
+
+    images: int = 0
+    other_label: int = 0
+    """Of these, the images that the training sets have only under other labels."""
 
 
 def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.ndarray) -> None:
@@ -91,7 +101,7 @@ def seen_images(
     trained_on: Collection[tuple[str, str]],
     tests: Mapping[str, Manifest],
     parts: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> dict[str, int]:
+) -> dict[str, Seen]:
     """Count the images of each set below a data root that a model was trained on, if any.
 
     Args:
@@ -106,12 +116,13 @@ def seen_images(
     """
     hashes = {sha256 for _, sha256 in trained_on}
     whole = {
-        name: len(parts[one.sha256]) if one.sha256 in parts else one.samples
+        name: Seen(len(parts[one.sha256]) if one.sha256 in parts else one.samples)
         for name, one in tests.items()
         if one.sha256 in hashes
     }
     sources: dict[str, np.ndarray | None] = {}
     seen: dict[str, np.ndarray] = {}
+    same_label: dict[str, np.ndarray] = {}
     for name, sha256 in trained_on:
         url = files.join(root, name)
         try:
@@ -126,7 +137,8 @@ def seen_images(
             continue
         if (source_N := _source(url, manifest, EVALUATED)) is None:
             continue
-        source_N = source_N[parts.get(sha256, slice(None))]
+        part = parts.get(sha256, slice(None))
+        source_N = source_N[part]
         for test, its in tests.items():
             if test in whole or its.samples_sha256 is None:
                 continue
@@ -134,25 +146,75 @@ def seen_images(
                 sources[test] = _source(files.join(root, test), its, f"those of {name}")
             if (theirs_M := sources[test]) is None:
                 continue
-            found_M = np.isin(theirs_M, source_N)
+            sets = (url, manifest), (files.join(root, test), its)
+            found_M, same_M = _shared(theirs_M, source_N, sets, part)
             seen[test] = seen.get(test, False) | found_M
-    counts = {name: int(np.count_nonzero(found_M)) for name, found_M in seen.items()}
-    return whole | {name: count for name, count in counts.items() if count}
+            same_label[test] = same_label.get(test, False) | same_M
+    return whole | {
+        test: Seen(int(found_M.sum()), int((found_M & ~same_label[test]).sum()))
+        for test, found_M in seen.items()
+        if found_M.any()
+    }
 
 
-def shared_keys(root: str, training: Collection[str], test: str) -> list[str]:
-    """List the keys of a test set's images that are also in training sets below the data root."""
+def shared_keys(root: str, training: Collection[str], test: str) -> tuple[list[str], list[str]]:
+    """List the keys of a test set's images that are also in training sets below the data root.
+
+    Returns:
+        Those of images with equal labels, and those that training has only under other labels.
+    """
     url = files.join(root, test)
     manifest = Manifest.load(url)
-    index = Index.load(url, manifest)
-    theirs_M, shared_M = _source(url, manifest, "those of training sets"), []
+    theirs_M = _source(url, manifest, "those of training sets")
+    found_M, same_M = np.zeros((2, manifest.samples), bool)
     for name in training:
-        if theirs_M is not None and files.exists(files.join(root, name, MANIFEST)):
-            other = files.join(root, name)
-            source_N = _source(other, Manifest.load(other), f"those of {test}")
-            shared_M += [] if source_N is None else [np.isin(theirs_M, source_N)]
-    rows = np.flatnonzero(np.any(shared_M, axis=0)) if shared_M else []
-    return [index.key[row].decode("ascii") for row in rows]
+        other = files.join(root, name)
+        if theirs_M is None or not files.exists(files.join(other, MANIFEST)):
+            continue
+        its = Manifest.load(other)
+        if (source_N := _source(other, its, f"those of {test}")) is None:
+            continue
+        shared = _shared(theirs_M, source_N, ((other, its), (url, manifest)))
+        found_M, same_M = found_M | shared[0], same_M | shared[1]
+    key_M = Index.load(url, manifest).key if found_M.any() else np.array([], np.bytes_)
+
+    def keys(rows_M: np.ndarray) -> list[str]:
+        return [key_M[row].decode("ascii") for row in np.flatnonzero(rows_M)]
+
+    return keys(found_M & same_M), keys(found_M & ~same_M)
+
+
+def _shared(
+    theirs_M: np.ndarray,
+    source_N: np.ndarray,
+    sets: tuple[tuple[str, Manifest], tuple[str, Manifest]],
+    part: np.ndarray | slice = slice(None),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the test images that are also training images, and those with the same label, (M,).
+
+    Args:
+        theirs_M: hashes of the test images.
+        source_N: hashes of the training images.
+        sets: URL and manifest of the training and of the test set. If their labels cannot be
+            compared, all count as the same; a warning names a damaged file.
+        part: the samples of the training set that `source_N` is of.
+    """
+    found_M = np.isin(theirs_M, source_N)
+    (url, manifest), (test_url, its) = sets
+    if not found_M.any() or mismatch(manifest.label_space, its.label_space) is not None:
+        return found_M, found_M
+    try:
+        label_N, label_M = Index.load(url, manifest).label[part], Index.load(test_url, its).label
+    except ValueError as error:
+        _warn(url, f"its labels with those of {test_url}", str(error))
+        return found_M, found_M
+    # classes of one group count as the same; those outside all groups are -1
+    groups = its.class_to_group()
+    group_N, group_M = groups[label_N], groups[label_M]
+    # numbers the distinct images, so that a pair of image and label is one number
+    _, number = np.unique(np.concatenate([source_N, theirs_M]), return_inverse=True)
+    pair = number * (groups.max() + 2) + np.concatenate([group_N, group_M])
+    return found_M, np.isin(pair[len(source_N) :], pair[: len(source_N)])
 
 
 def _source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from benchmarks.tiny_world import LABELS, SIZE
 from rft.merge import command as merging
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, pack_source
-from rft.shards.guard import require_no_test_images, seen_images
+from rft.shards.guard import Seen, require_no_test_images, seen_images, shared_keys
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.shards.samples import Samples
@@ -82,18 +82,22 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, c
         for name in ("imagenet-train", "imagenet-r", "copy", "some")
     }
     trained_on = [("imagenet-train", tests["imagenet-train"].sha256)]
-    expected = {"imagenet-train": 76, "copy": 76, "some": len(some.items)}
+    all_of_it, some_of_it = Seen(76), Seen(len(some.items))
+    expected = {"imagenet-train": all_of_it, "copy": all_of_it, "some": some_of_it}
     assert seen_images(str(tmp_path), trained_on, tests) == expected
     # a different set of that name, and a missing one
     assert seen_images(str(tmp_path), [("imagenet-train", "0" * 64)], tests) == {}
-    assert seen_images(str(tmp_path), [("absent", tests["copy"].sha256)], tests) == {"copy": 76}
+    assert seen_images(str(tmp_path), [("absent", tests["copy"].sha256)], tests) == {
+        "copy": all_of_it
+    }
     forget(tmp_path / "some")
     tests["some"] = Manifest.load(str(tmp_path / "some"))
-    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76, "copy": 76}
+    del expected["some"]
+    assert seen_images(str(tmp_path), trained_on, tests) == expected
     # a deleted file does not prevent an evaluation
     assert warnings(capsys) == []
     (tmp_path / "imagenet-train" / "samples.npz").unlink()
-    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76}
+    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": all_of_it}
     assert "cannot compare its images with those of the evaluated sets" in warnings(capsys)[0]
 
 
@@ -114,7 +118,25 @@ def test_a_model_of_two_trainings_has_seen_what_either_has(tmp_path):
     ]
     tests = {"test": of_hashes(tmp_path, "test", range(25, 80))}
     for order in (trained_on, trained_on[::-1]):
-        assert seen_images(str(tmp_path), order, tests) == {"test": 25}
+        assert seen_images(str(tmp_path), order, tests) == {"test": Seen(25)}
+
+
+def test_images_with_different_labels_in_training_and_test_are_counted(tiny_data, tmp_path):
+    """An image with both labels in training has the test's label there."""
+    found = read_source("imagenet-train", tiny_data.parent / "images", LABELS)
+    of_test = found.items[:6]
+    others = [replace(one, label=1 - min(one.label, 1)) for one in of_test]
+    training = [*of_test[:4], *others[3:5], *found.items[6:]]
+    for name, items in (("mine", training), ("tests", of_test)):
+        numbered = [replace(one, key=f"{n}") for n, one in enumerate(items)]
+        source = replace(found, dataset=name, items=numbered)
+        assert pack_source(source, str(tmp_path), LABELS, PIXELS)
+    tests = {"tests": Manifest.load(str(tmp_path / "tests"))}
+    trained_on = [("mine", Manifest.load(str(tmp_path / "mine")).sha256)]
+    assert seen_images(str(tmp_path), trained_on, tests) == {"tests": Seen(5, 1)}
+    assert [len(keys) for keys in shared_keys(str(tmp_path), ["mine"], "tests")] == [4, 1]
+    (tmp_path / "mine" / "index.npz").unlink()
+    assert seen_images(str(tmp_path), trained_on, tests) == {"tests": Seen(5)}
 
 
 @pytest.mark.parametrize(("images", "refused"), [(3, False), (5, True)])
