@@ -15,7 +15,7 @@ Other files are named elsewhere:
 
 from pathlib import Path
 
-CONFIG = "config.json"  # the options, before anything else; makes a folder a run folder
+CONFIG = "config.json"  # the options, before the first step; makes a folder a run folder
 PROVENANCE = "provenance.json"  # code and command; written last by a merge or an import
 METRICS = "metrics.jsonl"  # while the run trains
 PROGRESS = "progress.json"  # after each checkpoint, for monitoring; resuming does not read it
