@@ -9,7 +9,7 @@ Other files are named elsewhere:
 - checkpoints to resume from, `checkpoints/step-N.pt` and `step-N.json`, and the suffix `.damaged`
   of unreadable ones (rft/train/checkpoint.py)
 - traces (rft/train/profile.py)
-- files of a cluster job, `job-N.log`, `code/`, `stop-N` and `resubmit.sh` (launch/job.sh)
+- files of a cluster job, `job-N.log`, `code/`, `stop-N` and `resubmit-N.sh` (launch/job.sh)
 - `.NAME.ID.tmp`, while a file is being written (rft/storage/files.py)
 """
 
