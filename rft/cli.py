@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -270,12 +270,24 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
 
 
 def _missing(lines: Sequence[str]) -> str:
-    """Reword tyro's list of missing arguments: for each a line with its name, and lines of help."""
-    end, words = "(required)", []
-    for before, line in pairwise(lines):
-        is_name = before is lines[0] or before.endswith(end)
-        words.append(f"{line}:" if is_name else line.replace(f". {end}", ";"))
-    return f"missing: {' '.join(words)}".rstrip(";")
+    """Reword tyro's list of missing arguments: for each a line with its name, and lines of help.
+
+    A long list of choices, in brackets after the name, is wrapped.
+    """
+    found: list[list[str]] = []
+    name, end = "", "(required)"
+    for line in lines[1:]:
+        if not name:
+            found.append([])
+        if not name or len(re.findall(r"[\[{]", name)) > len(re.findall(r"[\]}]", name)):
+            name = f"{name} {line}".lstrip()
+            found[-1][:] = [f"{name}:"]
+            continue
+        found[-1].append(line)
+        if line.endswith(end):
+            name = ""
+    texts = (" ".join(words).removesuffix(end).rstrip(" .:") for words in found)
+    return f"missing: {'; '.join(texts)}"
 
 
 def _boxes() -> io.TextIOWrapper:
