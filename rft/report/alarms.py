@@ -34,6 +34,7 @@ def of_report(
     """
     return [
         *_seen(runs, photos),
+        *_unchecked(runs),
         *_behind(rows, measures, chosen),
         *_lost(rows, measures, chosen),
         *_collapsed(rows, measures),
@@ -69,6 +70,21 @@ def _seen(runs: Sequence[Run], photos: Mapping[str, Sequence[str]]) -> Iterator[
             f"{seen:,} of the {total:,} images of {printable(heading(name))}{files} "
             f"{'was' if seen == 1 else 'were'} in the training set of {', '.join(rows)}: this "
             f"accuracy is too high. Remove {'it' if seen == 1 else 'them'} and pack again."
+        )
+
+
+def _unchecked(runs: Sequence[Run]) -> Iterator[str]:
+    """Find test sets that could not be compared with a model's training set."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            if count.seen is None:
+                found.setdefault(name, {})[run.row] = None
+    for name, rows in found.items():
+        yield (
+            f"It was not checked whether images of {printable(heading(name))} were in the training "
+            f"set of {', '.join(rows)}, which was not available. Evaluate again with the training "
+            "set below --data."
         )
 
 

@@ -100,8 +100,9 @@ class SetCount:
     """Temperature of the scaled columns of the predictions, if one was fitted."""
     no_temperature: Text = ""
     """Why no temperature was fitted although --temperature was given."""
-    seen: Count = 0
-    """Images of the set that the model was trained on, as far as is known."""
+    seen: Count | None = 0
+    """Images of the set that the model was trained on; None if its training set was not available.
+    Older versions wrote 0 then."""
     score: Score = "top1"
     """The set's own score, as its manifest declares it."""
     ood: bool = False
