@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from rft.classes import composed
 from rft.config import MAX_PIXELS
-from rft.packing.foreign.class_names import folder_hint
 from rft.packing.names import (
     Links,
     has_image_suffix,
@@ -252,7 +251,7 @@ def _require_classes(tree: Tree, labels: LabelSpace) -> None:
     missing = [name for name in labels.ids if name not in present]
     if unknown:
         close = get_close_matches(unknown[0], missing, n=1)
-        what = folder_hint(unknown[0], labels) or "remove it or add it to --classes"
+        what = "remove it or add it to --classes"
         if close:
             what = f"did you mean {shown(close[0])}, which has no folder? Rename one of the two"
         raise ValueError(

@@ -105,6 +105,9 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
     evaluate(tiny_data, *runs, none, soup, wise)
     again = capsys.readouterr()
     assert "all results are current, nothing to do" in again.out
+    # and the accuracies, in the order of the command line
+    shown = [line.partition(":")[0] for line in again.out.splitlines() if f": {SET} " in line]
+    assert shown == [str(one) for one in (*runs, none, soup, wise)]
     assert [line for line in unstamped(again.err).splitlines() if "gets no" in line] == warnings
     assert (soup / "results.json").stat().st_mtime_ns == before
     seeds = [recorded(run)["temperature"] for run in (*runs, none, soup, wise)]
