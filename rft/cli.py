@@ -417,7 +417,7 @@ def _help_lines(line: str, columns: int) -> list[str]:
     assert indent is not None
     below = " " * min(len(indent[0]), columns // 2)
     # an example that can be pasted
-    end = " \\" if line.startswith(("rft ", "python ")) else ""
+    end = " \\" if line.startswith(("rft ", "python ")) or line.endswith("\\") else ""
     *parts, last = textwrap.wrap(
         line,
         columns - len(end),
