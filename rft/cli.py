@@ -233,7 +233,7 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         options["prog"] = f"{os.environ[commands.STARTED]} {kind_of}".rstrip()
     words = list(options.pop("args", sys.argv[1:]))
     given = [word for word in words if word.startswith("--")]
-    if shown and commands.HELP_ALL in words:
+    if commands.HELP_ALL in words:
         words, shown = [*words, "--help"], ()
         words.remove(commands.HELP_ALL)
     complaint, help_text = io.StringIO(), _boxes()
@@ -428,9 +428,16 @@ def _help_lines(line: str, columns: int) -> list[str]:
     indent = re.match(r"\s*(?:\S+ {2,}|usage: )?", line)
     assert indent is not None
     below = " " * min(len(indent[0]), columns // 2)
-    return textwrap.wrap(
-        line, columns, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+    # an example that can be pasted
+    end = " \\" if line.startswith(("rft ", "python ")) or line.endswith("\\") else ""
+    *parts, last = textwrap.wrap(
+        line,
+        columns - len(end),
+        subsequent_indent=below,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return [*(f"{part}{end}" for part in parts), last]
 
 
 def _print_drawn(text: str) -> None:

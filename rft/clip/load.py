@@ -448,7 +448,7 @@ class WordTokenizer:
                 raise ValueError(
                     f"this tiny CLIP knows only {len(self._ids)} words, and {unknown[0]!r} of "
                     f"{text!r} is not one; it is for rft's own examples: name a different "
-                    "--model.clip, or give classes and templates of its words with --classes "
+                    "--model.clip, or pack or index the set with --classes of its words "
                     f"({self._source} lists them, such as {', '.join(sorted(self._ids)[-5:])})"
                 )
             ids = [1, *(self._ids[word] for word in words), self._end]

@@ -36,6 +36,7 @@ def of_report(
     """
     return [
         *_seen(runs, photos),
+        *_unchecked(runs),
         *_behind(rows, measures, chosen),
         *_lost(rows, measures, chosen),
         *_collapsed(rows, measures),
@@ -60,7 +61,7 @@ def _seen(runs: Sequence[Run], photos: Photos) -> Iterator[str]:
     for run in runs:
         for name, count in run.counts.items():
             other = count.seen_other_label
-            for is_other, seen in ((False, count.seen - other), (True, other)):
+            for is_other, seen in ((False, (count.seen or 0) - other), (True, other)):
                 if seen:
                     found.setdefault((name, is_other, seen, count.total), {})[run.row] = None
     for (name, is_other, seen, total), rows in found.items():
@@ -79,6 +80,21 @@ def _seen(runs: Sequence[Run], photos: Photos) -> Iterator[str]:
             f"{seen:,} of the {total:,} images of {printable(heading(name))}{files} {was} in the "
             f"training set of {', '.join(rows)}{how}: this accuracy is up to {points} points "
             f"{remedy}, then run again with a new --out."
+        )
+
+
+def _unchecked(runs: Sequence[Run]) -> Iterator[str]:
+    """Find test sets that could not be compared with a model's training set."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            if count.seen is None:
+                found.setdefault(name, {})[run.row] = None
+    for name, rows in found.items():
+        yield (
+            f"It was not checked whether images of {printable(heading(name))} were in the training "
+            f"set of {', '.join(rows)}, which was not available. Evaluate again with the training "
+            "set below --data."
         )
 
 

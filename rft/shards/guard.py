@@ -10,7 +10,7 @@ it, so an evaluation counts the images that its models have seen (`seen_images`)
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ from rft.storage import files
 OFFICIAL_COPIES = 1000  # up to one image in so many of ImageNet's training set may be a test image
 
 EVALUATED = "those of the evaluated sets"
+
+Located = tuple[str, Manifest]
+"""A packed set: its URL and manifest."""
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +99,38 @@ def is_test_set(manifest: Manifest) -> bool:
     return manifest.is_ood or manifest.dataset == ID_SET
 
 
+def find_set(roots: Iterable[str], name: str, sha256: str) -> Located | None:
+    """Find the packed set with a name and a manifest's hash below one of some data roots.
+
+    A set with a damaged manifest cannot be compared; a warning names it.
+    """
+    for root in roots:
+        url = files.join(root, name)
+        try:
+            if files.exists(files.join(url, MANIFEST)):
+                manifest = Manifest.load(url)
+                if manifest.sha256 == sha256:
+                    return url, manifest
+        except ValueError as error:
+            _warn(url, f"its images with {EVALUATED}", str(error))
+    return None
+
+
 def seen_images(
     root: str,
-    trained_on: Collection[tuple[str, str]],
+    trained_on: Mapping[tuple[str, str], Located | None],
     tests: Mapping[str, Manifest],
     parts: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> dict[str, Seen]:
-    """Count the images of each set below a data root that a model was trained on, if any.
+) -> dict[str, Seen | None]:
+    """Count the images of each set below a data root that a model was trained on.
+
+    The count is None if it is unknown, because a training set was not found or has no hashes.
+    ImageNet's own sets are known to share no images.
 
     Args:
-        root: the data root.
-        trained_on: name and manifest's hash of each packed set that the model has seen. Held-out
-            images count as seen, because they selected the weights.
+        root: the data root of the test sets.
+        trained_on: name and manifest's hash of each packed set that the model has seen -> the set,
+            if it was found. Held-out images count as seen, because they selected the weights.
         tests: name of each set -> its manifest.
         parts: manifest's hash of a set that it has only partly seen -> numbers of the samples that
             it has seen, held-out ones included.
@@ -115,46 +138,37 @@ def seen_images(
     Sets with damaged files cannot be compared; a warning names them.
     """
     hashes = {sha256 for _, sha256 in trained_on}
-    whole = {
-        name: Seen(len(parts[one.sha256]) if one.sha256 in parts else one.samples)
-        for name, one in tests.items()
-        if one.sha256 in hashes
-    }
+    counts: dict[str, Seen | None] = {}
     sources: dict[str, np.ndarray | None] = {}
-    seen: dict[str, np.ndarray] = {}
-    same_label: dict[str, np.ndarray] = {}
-    for name, sha256 in trained_on:
-        url = files.join(root, name)
-        try:
-            if not files.exists(files.join(url, MANIFEST)):
-                continue
-            manifest = Manifest.load(url)
-            # sets of older versions have no hashes; the training run has warned of that
-            if manifest.sha256 != sha256 or manifest.samples_sha256 is None:
-                continue
-        except ValueError as error:
-            _warn(url, f"its images with {EVALUATED}", str(error))
+
+    def source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:
+        if url not in sources:
+            sources[url] = _source(url, manifest, others)
+        return sources[url]
+
+    for test, its in tests.items():
+        if its.sha256 in hashes:
+            part = parts.get(its.sha256)
+            counts[test] = Seen(its.samples if part is None else len(part))
             continue
-        if (source_N := _source(url, manifest, EVALUATED)) is None:
-            continue
-        part = parts.get(sha256, slice(None))
-        source_N = source_N[part]
-        for test, its in tests.items():
-            if test in whole or its.samples_sha256 is None:
+        (seen_M, same_M), known = np.zeros((2, its.samples), bool), True
+        for (name, sha256), found in trained_on.items():
+            hashed = found is not None and found[1].samples_sha256 and its.samples_sha256
+            if not hashed and name == TRAIN_SET and its.dataset in TEST_SETS:
                 continue
-            if test not in sources:
-                sources[test] = _source(files.join(root, test), its, f"those of {name}")
-            if (theirs_M := sources[test]) is None:
+            source_N = None if found is None else source(*found, EVALUATED)
+            theirs_M, url = None, files.join(root, test)
+            if source_N is not None:
+                theirs_M = source(url, its, f"those of {name}")
+            if found is None or source_N is None or theirs_M is None:
+                known = False
                 continue
-            sets = (url, manifest), (files.join(root, test), its)
-            found_M, same_M = _shared(theirs_M, source_N, sets, part)
-            seen[test] = seen.get(test, False) | found_M
-            same_label[test] = same_label.get(test, False) | same_M
-    return whole | {
-        test: Seen(int(found_M.sum()), int((found_M & ~same_label[test]).sum()))
-        for test, found_M in seen.items()
-        if found_M.any()
-    }
+            part = parts.get(sha256, slice(None))
+            found_M, equal_M = _shared(theirs_M, source_N[part], (found, (url, its)), part)
+            seen_M, same_M = seen_M | found_M, same_M | equal_M
+        count = Seen(int(seen_M.sum()), int((seen_M & ~same_M).sum()))
+        counts[test] = count if known or count.images else None
+    return counts
 
 
 def shared_keys(root: str, training: Collection[str], test: str) -> tuple[list[str], list[str]]:

@@ -113,3 +113,13 @@ def test_test_images_that_were_trained_on_are_an_alarm(tmp_path):
         "this accuracy is up to 1.67 points too low, because one label of each is wrong. Correct "
         "or remove it, then run again with a new --out."
     )
+    assert line.startswith("17 of the 60 images of test were in the training set of vanilla:")
+
+
+def test_a_test_set_that_was_not_compared_is_an_alarm(tmp_path):
+    path = make_predicted(tmp_path, "vanilla", 0, sets=("test",))
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    sets["test"]["seen"] = None
+    edit(path / "results.json", sets=sets)
+    (line,) = found(path)
+    assert line.startswith("It was not checked whether images of test were in the training set of")

@@ -14,7 +14,7 @@ from benchmarks.tiny_world import LABELS, SIZE
 from rft.merge import command as merging
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, pack_source
-from rft.shards.guard import Seen, require_no_test_images, seen_images, shared_keys
+from rft.shards.guard import Seen, find_set, require_no_test_images, seen_images, shared_keys
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.shards.samples import Samples
@@ -81,23 +81,27 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, c
         name: Manifest.load(str(tmp_path / name))
         for name in ("imagenet-train", "imagenet-r", "copy", "some")
     }
-    trained_on = [("imagenet-train", tests["imagenet-train"].sha256)]
-    all_of_it, some_of_it = Seen(76), Seen(len(some.items))
-    expected = {"imagenet-train": all_of_it, "copy": all_of_it, "some": some_of_it}
-    assert seen_images(str(tmp_path), trained_on, tests) == expected
-    # a different set of that name, and a missing one
-    assert seen_images(str(tmp_path), [("imagenet-train", "0" * 64)], tests) == {}
-    assert seen_images(str(tmp_path), [("absent", tests["copy"].sha256)], tests) == {
-        "copy": all_of_it
-    }
+
+    def seen(name: str = "imagenet-train", sha256: str = tests["imagenet-train"].sha256):
+        found = find_set([str(tmp_path)], name, sha256)
+        return seen_images(str(tmp_path), {(name, sha256): found}, tests)
+
+    known = {"imagenet-train": Seen(76), "imagenet-r": Seen(), "copy": Seen(76)}
+    assert seen() == {**known, "some": Seen(len(some.items))}
+    # a different set of that name, and a missing one: only ImageNet's sets are known to be disjoint
+    unknown = {"imagenet-train": None, "imagenet-r": Seen(), "copy": None, "some": None}
+    assert seen(sha256="0" * 64) == unknown
+    absent = {**unknown, "imagenet-r": None, "copy": Seen(76)}
+    assert seen("absent", tests["copy"].sha256) == absent
+    assert warnings(capsys) == []
     forget(tmp_path / "some")
     tests["some"] = Manifest.load(str(tmp_path / "some"))
-    del expected["some"]
-    assert seen_images(str(tmp_path), trained_on, tests) == expected
+    assert seen() == {**known, "some": None}
+    (warning,) = warnings(capsys)
+    assert "some: cannot compare its images with those of imagenet-train (" in warning
     # a deleted file does not prevent an evaluation
-    assert warnings(capsys) == []
     (tmp_path / "imagenet-train" / "samples.npz").unlink()
-    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": all_of_it}
+    assert seen() == {"imagenet-train": Seen(76), "imagenet-r": None, "copy": None, "some": None}
     assert "cannot compare its images with those of the evaluated sets" in warnings(capsys)[0]
 
 
@@ -117,8 +121,15 @@ def test_a_model_of_two_trainings_has_seen_what_either_has(tmp_path):
         for name, values in (("a", range(30)), ("b", range(20, 50)))
     ]
     tests = {"test": of_hashes(tmp_path, "test", range(25, 80))}
+    root = str(tmp_path)
     for order in (trained_on, trained_on[::-1]):
-        assert seen_images(str(tmp_path), order, tests) == {"test": Seen(25)}
+        sets = {pair: find_set([root], *pair) for pair in order}
+        assert seen_images(root, sets, tests) == {"test": Seen(25)}
+    # a lower bound is better than nothing, but 0 of one set is not
+    assert seen_images(root, {**sets, ("c", "0" * 64): None}, tests) == {"test": Seen(25)}
+    tests = {"new": of_hashes(tmp_path, "new", range(90, 95))}
+    assert seen_images(root, sets, tests) == {"new": Seen()}
+    assert seen_images(root, {**sets, ("c", "0" * 64): None}, tests) == {"new": None}
 
 
 def test_images_with_different_labels_in_training_and_test_are_counted(tiny_data, tmp_path):
@@ -132,7 +143,8 @@ def test_images_with_different_labels_in_training_and_test_are_counted(tiny_data
         source = replace(found, dataset=name, items=numbered)
         assert pack_source(source, str(tmp_path), LABELS, PIXELS)
     tests = {"tests": Manifest.load(str(tmp_path / "tests"))}
-    trained_on = [("mine", Manifest.load(str(tmp_path / "mine")).sha256)]
+    pair = ("mine", Manifest.load(str(tmp_path / "mine")).sha256)
+    trained_on = {pair: find_set([str(tmp_path)], *pair)}
     assert seen_images(str(tmp_path), trained_on, tests) == {"tests": Seen(5, 1)}
     assert [len(keys) for keys in shared_keys(str(tmp_path), ["mine"], "tests")] == [4, 1]
     (tmp_path / "mine" / "index.npz").unlink()
