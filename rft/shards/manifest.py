@@ -153,8 +153,8 @@ class Manifest:
         return table
 
     @staticmethod
-    def load(url: str, option: str = "") -> "Manifest":
-        """Read `url/manifest.json`; `option` names the set on the command line, for the error.
+    def load(url: str, option: str | None = "") -> "Manifest":
+        """Read `url/manifest.json`; for `option` see `why_missing`.
 
         Raises:
             ValueError: if it is absent (packing has not finished), damaged, of a different schema,

@@ -11,6 +11,7 @@ from rft.storage.urls import set_name
 
 LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
+UNFINISHED = "packing has not finished; rerun the same command"
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
@@ -38,16 +39,29 @@ def packed_sets(root: str, most: int | None = LOOKED_AT) -> list[str]:
     return [name for name in folders if files.exists(files.join(root, name, MANIFEST))]
 
 
-def why_missing(url: str, option: str = "") -> str:
+def why_missing(url: str, option: str | None = "") -> str:
     """Guess from the files around a URL why it has no manifest, as a hint; empty if unknown.
 
-    `option` is the one with which the running command names a set, if it has one.
+    `option` is the one with which the running command names a set: empty if its name comes from a
+    record, None for a command without --data, which names sets by their paths.
     """
     if url.startswith(("http://", "https://")):
         return ""  # web servers have no listing
     with contextlib.suppress(OSError, ValueError):
-        return _hint(url, option)
+        return _path_hint(url) if option is None else _hint(url, option)
     return ""
+
+
+def _path_hint(url: str) -> str:
+    root, _, name = url.rstrip("/").rpartition("/")
+    if PLAN in files.names(url):
+        return UNFINISHED
+    found = packed_sets(root or ".")
+    if not found:
+        return f"no folder of {root or '.'} is a packed set; name the folder of one"
+    close = get_close_matches(name, found, n=1)
+    which = f"did you mean {files.join(root, *close)}?" if close else "name one of them"
+    return f"the packed sets there are {_listed([files.join(root, one) for one in found])}; {which}"
 
 
 def _hint(url: str, option: str) -> str:
@@ -55,7 +69,7 @@ def _hint(url: str, option: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
     # the plan is written first and the manifest last
     if PLAN in files.names(url):
-        return "packing has not finished; rerun the same command"
+        return UNFINISHED
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else choose
