@@ -258,7 +258,10 @@ def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -
     image = world / "imagenet-r" / "n01" / "art_0.jpg"
     image.rename(image.with_name("art_1.jpg"))
     _, _, err = run("shard_ood", *arguments)
-    assert "a different plan (the list of images changed; the names, ids or templates of " in err
+    assert (
+        "a different plan (the images, or their sizes, classes or domains, changed; the names, "
+        in err
+    )
 
 
 @pytest.mark.slow

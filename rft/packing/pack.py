@@ -54,7 +54,7 @@ from rft.text import counted, printable
 ALGORITHM = 2  # part of the plan: raise it when the order, the cut or the members change
 # parameters of a plan that are hashes, and what a different hash means
 HASHED = {
-    "items": "the list of images changed",
+    "items": "the images, or their sizes, classes or domains, changed",
     "labels": "the names, ids or templates of the classes (--classes) changed",
 }
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores

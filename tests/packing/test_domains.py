@@ -115,7 +115,7 @@ def test_another_declaration_is_another_plan(corrupted, tmp_path):
         (replace(source, score="worst-domain"), "score"),
         (
             replace(source, items=tuple(replace(one, domain="x") for one in source.items)),
-            "items",
+            "images",
         ),
     ):
         with pytest.raises(ValueError, match=f"holds a different plan .*{field}"):

@@ -944,7 +944,7 @@ def test_repaired_images_are_tried_again(broken: Path, tmp_path: Path) -> None:
         pack_broken(broken, out)
     assert not pack_broken(broken, out, max_bad=1, task="0/2")
     pack_broken(broken, out, max_bad=1, task="1/2")
-    with pytest.raises(ValueError, match=r"is packed without 1 images, --max-bad allows 0"):
+    with pytest.raises(ValueError, match=r"is packed without 1 image, --max-bad allows 0"):
         pack_broken(broken, out)
     (out / "imagenet-r" / "manifest.json").unlink()
     bad.write_bytes(whole)
