@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.recipes import DEFAULT
+from rft.report.measures import PAIR_REPLICATES
 from rft.report.tables import UNTRAINED, csv_lines, heading, markdown_escape, markdown_line
 from rft.sets import OOD_SETS
 from rft.statistics.paired import holm
@@ -21,6 +22,7 @@ DIFFERENCES = "differences.csv"
 WORLD_1 = Path(__file__).parent / "results/world-1/reproduction/table.csv"
 AVERAGE = "OOD avg"
 LEVEL = 0.05
+SMALLEST = 2 / (PAIR_REPLICATES + 1)  # of a two-sided p-value, before the correction
 BASELINES = ("vanilla", "no-mask", "wise-ft-0.5")
 MASKS = ("random-mask", "context-mask", "object-mask")
 FILLS = ("no-fill", "single-fill", "multi-fill")
@@ -112,7 +114,8 @@ def table(folder: Path) -> str:
     caption = (
         f"Difference in {AVERAGE} and in each OOD set, in points, on the same test images. In "
         "brackets the 95% interval for resampled test images. p is two-sided, from the same "
-        f"samples, corrected by Holm's rule for these {len(asked)} pairs. *: p is below {LEVEL:g}, "
+        f"samples, corrected by Holm's rule for these {len(asked)} pairs; {PAIR_REPLICATES:,} "
+        f"samples allow no p below {len(asked) * SMALLEST:.3f}. *: p is below {LEVEL:g}, "
         f"and every seed's own difference has its sign; {separate} of {len(asked)} pairs have it. "
         "World 1: means over three seeds there. Paper: its Tables 1 and 3."
     )

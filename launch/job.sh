@@ -7,6 +7,8 @@ LOCK_WAIT=1800                         # seconds; processes of a lost node may s
 PATIENCE=60                            # seconds for SLURM to report why a step failed
 LEAVE=120                              # seconds until the other nodes must end after the first
 CODE_BYTES=$((2 ** 28))                # hashed at most, when copies of the code are compared
+# functions that a resubmission needs
+SUBMITTING=(fail quoted option require_own_logs require_replaceable jobs_of submit leave_resubmit)
 # torchrun on a single node. Its default store listens on all addresses, so ranks rendezvous in a file
 ALONE=(
     env PET_RDZV_BACKEND=c10d PET_RDZV_CONF=store_type=file TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -100,7 +102,8 @@ load_settings() {
     local name word words
     [ -e launch/cluster.env ] || fail "copy launch/cluster.env.example to launch/cluster.env and edit it"
     source_settings
-    require_setting TIME '.+' "the time limit of a job, such as 24:00:00"
+    require_setting TIME '[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|INFINITE|UNLIMITED' \
+        "the time limit of a job: minutes, hours:minutes:seconds (24:00:00) or days-hours (2-12)"
     require_setting GPUS_PER_NODE '([a-zA-Z][^:]*:)?(0|[1-9][0-9]*)' "a number; 0 for nodes without GPUs"
     require_setting CPUS_PER_NODE '[1-9][0-9]*' "a number of at least 1"
     require_setting PROCESSES_PER_NODE '[1-9][0-9]*' \
@@ -205,7 +208,7 @@ require_own_code() {
     fi
     fail "the code in $(quoted "$to") was not copied there by your launch/submit.sh, or has" \
         "changed since, and would run as you; remove it to use the code in $(quoted "$from"), or, if" \
-        "you trust that run folder, run its resubmit.sh"
+        "you trust that run folder, run its resubmit-JOB.sh"
 }
 
 # Copy the code FROM one folder TO another, atomically. An existing copy stays, so a run ends with the
@@ -237,39 +240,76 @@ snapshot() {
     mv -T "$new" "$to"
 }
 
-# Write FOLDER/resubmit.sh, which submits a job of KIND with sbatch OPTIONS and, after --, its arguments.
-# Arguments of resubmit.sh go to sbatch as well. A previous file with other options is kept beside it.
-leave_resubmit() {
-    local folder=$1 kind=$2 options=() new old=$1/resubmit.sh shown=${log//%[jA]/NUMBER}
+# Print the numbers of this user's jobs, waiting or running, that log to FOLDER.
+jobs_of() {
+    { timeout 10 squeue --noheader --user="$EUID" --Format=JobID:20,STDOUT:4000 2>/dev/null || true; } |
+        while read -r number output; do
+            if [[ $output == "$1"/job-* ]]; then echo "$number"; fi
+        done | sort --unique | paste --serial --delimiters=' '
+}
+
+# Submit a job of KIND, with the code in FOLDER, by sbatch OPTIONS and, after --, its arguments. Print its
+# number, which is also stored in `number`, and leave a script that submits it again.
+submit() {
+    local folder=$1 kind=$2 options=() before name log
     shift 2
     while [ "$1" != -- ]; do
         options+=("$1")
         shift
     done
     shift
-    new=$(mktemp "$folder/resubmit.sh.XXXXXX")
-    cat >"$new" <<END
-#!/usr/bin/env bash
-# Submits this job again, with the code beside this file.
-set -euo pipefail
-cd $(quoted "$folder/code")
-echo $(quoted "log: $folder/${shown//%a/*}") >&2
-exec sbatch $(quoted "${options[@]}") "\$@" launch/$kind.sbatch $(quoted "$@")
-END
-    chmod "$(umask -S)" "$new"
-    if [ -f "$old" ] && [ ! -L "$old" ] && ! cmp --quiet "$new" "$old"; then
-        mv -fT "$old" "$old.old"
-        echo "resubmit.sh has new options; the previous one is $(quoted "$old.old")" >&2
+    require_own_logs "$folder"
+    before=$(jobs_of "$folder")
+    [ -z "$before" ] ||
+        echo "warning: $(quoted "$folder") already has jobs waiting or running: $before" >&2
+    if ! number=$(cd "$folder/code" && sbatch --parsable "${options[@]}" "launch/$kind.sbatch" "$@"); then
+        # sbatch also fails if SLURM took the job and its answer was lost
+        number=$(jobs_of "$folder")
+        [ "$number" = "$before" ] ||
+            fail "sbatch failed, but $(quoted "$folder") has jobs: $number; look at squeue --me"
+        fail "sbatch failed, no job was submitted; $(quoted "$folder") is unchanged"
     fi
-    mv -fT "$new" "$old"
+    number=${number%%;*}
+    log=$(option --output "${options[@]}")
+    name=${log##*/}
+    name=${name//%[jA]/$number}
+    echo "submitted $kind as job $number; log: $(quoted "${log%/*}")/${name//%a/*}" >&2
+    echo "$number"
+    leave_resubmit "$folder" "$number" "$kind" "${options[@]}" -- "$@"
 }
 
-# Set the array `options` to the sbatch options for a job of KIND with ARGUMENTS that logs to FOLDER, and
-# `log` to the name of its log there. Run it in the project folder.
+# Write FOLDER/resubmit-JOB.sh, which submits JOB of KIND again with sbatch OPTIONS and, after --, its
+# arguments. Arguments of that script go to sbatch as well. It has its own copy of these functions, because
+# the code in FOLDER may be older.
+leave_resubmit() {
+    local folder=$1 job=$2 kind=$3 options=() new script=$1/resubmit-$2.sh
+    shift 3
+    while [ "$1" != -- ]; do
+        # the jobs to wait for will no longer exist
+        [[ $1 == --@(dependency|kill-on-invalid-dep)=* ]] || options+=("$1")
+        shift
+    done
+    shift
+    require_replaceable "$script"
+    new=$(mktemp "$script.XXXXXX")
+    cat >"$new" <<END
+#!/usr/bin/env bash
+# Submits job $job again, with the code beside this file.
+set -euo pipefail
+$(declare -f "${SUBMITTING[@]}")
+SUBMITTING=(${SUBMITTING[*]})
+cd $(quoted "$folder/code")
+submit $(quoted "$folder" "$kind" "${options[@]}") "\$@" -- $(quoted "$@")
+END
+    chmod "$(umask -S)" "$new"
+    mv -fT "$new" "$script"
+}
+
+# Set the array `options` to the sbatch options for a job of KIND with ARGUMENTS that logs to FOLDER. Run it
+# in the project folder.
 set_options() {
-    local kind=$1 folder=$2 gpus=$GPUS_PER_NODE
+    local kind=$1 folder=$2 gpus=$GPUS_PER_NODE log="job-%j.log"
     shift 2
-    log="job-%j.log"
     case $kind in
         shard | sweep) log="job-%A-%a.log" ;;
     esac
@@ -416,7 +456,7 @@ requeue() {
     until said=$(scontrol requeue "$job" 2>&1); do
         tries=$((tries + 1))
         if ((tries == 30)) || [[ $said == *[Dd]isabled* || $said == *denied* ]]; then
-            echo "error: the requeue failed: $said; resume with $(quoted "$run/resubmit.sh")" >&2
+            echo "error: the requeue failed: $said; resume with $(quoted "$run/resubmit-$job.sh")" >&2
             exit 1
         fi
         sleep 10
@@ -427,7 +467,7 @@ requeue() {
 # After an attempt that did not finish the run: requeue the job if a retry can help, else fail.
 requeue_or_fail() {
     local before=$1 waited=0 preempted again
-    again=$(quoted "$run/resubmit.sh")
+    again=$(quoted "$run/resubmit-$job.sh")
     # a script on a lost node would be lost too
     if [ "$SLURM_JOB_NUM_NODES" = 1 ]; then PATIENCE=0; fi
     while true; do
@@ -462,15 +502,14 @@ train() {
     shift
     run=$(run_folder "$recipe" "$@")
     snapshot "$SLURM_SUBMIT_DIR" "$run/code"
-    # launch/submit.sh writes it for its own trainings, not for tasks of a sweep
-    if [ ! -e "$run/resubmit.sh" ] && [ ! "$SLURM_SUBMIT_DIR" -ef "$run/code" ]; then
+    # `submit` writes it for its own trainings, not for tasks of a sweep
+    if [ ! -e "$run/resubmit-$job.sh" ] && [ ! "$SLURM_SUBMIT_DIR" -ef "$run/code" ]; then
         TIME=$(job_field TimeLimit)
         set_options train "$run"
         for word in "${options[@]}"; do
             [[ $word == --@(partition|nodes)=* ]] || own+=("$word")
         done
-        require_replaceable "$run/resubmit.sh"
-        leave_resubmit "$run" train "${own[@]}" "--partition=$SLURM_JOB_PARTITION" \
+        leave_resubmit "$run" "$job" train "${own[@]}" "--partition=$SLURM_JOB_PARTITION" \
             "--nodes=$SLURM_JOB_NUM_NODES" -- "$recipe" "$@"
     fi
     use_code "$run/code"

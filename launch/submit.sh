@@ -10,9 +10,9 @@ KIND is train, sweep, shard, evaluate or command. The first lines of launch/KIND
 arguments. sbatch options come from launch/cluster.env; those given here are added, each as one word
 (--nodes=2).
 
-The code is copied, so later changes do not affect a waiting job. The copy, the log and resubmit.sh,
-which submits the same job again, are in the run folder of a training, or in a folder below $RUNS/jobs
-for other jobs. Only the job number goes to stdout.
+The code is copied, so later changes do not affect a waiting job. The copy, the log and
+resubmit-JOB.sh, which submits the same job again, are in the run folder of a training, or in a folder
+below $RUNS/jobs for other jobs. Only the job number goes to stdout.
 
   --dry-run  print the sbatch command without submitting it
 END
@@ -51,15 +51,62 @@ require_training() {
     ) || [ $? != 2 ] || fail "${said#error: }"
 }
 
-# Print the number of this user's job, waiting or running, that logs to FOLDER.
-job_of() {
-    { timeout 10 squeue --noheader --user="$EUID" --Format=JobID:20,STDOUT:4000 2>/dev/null || true; } |
-        while read -r number output; do
-            if [[ $output == "$1"/job-* ]]; then echo "$number"; fi
-        done | tail -n 1
+# Fail if one of the WORDS after a recipe is neither an option nor its value.
+refuse_stray_words() {
+    local word option=
+    for word; do
+        case $word in
+            -*=*) option= ;;
+            -*) option=$word ;;
+            # the only option with several values
+            *) [[ $option == --optim.freeze ]] || {
+                [ -n "$option" ] || fail "$(quoted "$word") is neither an option nor the value of one"
+                option=
+            } ;;
+        esac
+    done
 }
 
-dry=no extra=() when=() name=
+# Fail unless the array indices among the sbatch OPTIONS suit KIND.
+require_array() {
+    local word indices=
+    for word; do
+        case $word in
+            --array=*) indices=${word#*=} ;;
+            -a?*) indices=${word#-a} ;;
+        esac
+    done
+    [ -n "$indices" ] || return 0
+    case $kind in
+        sweep) ;;
+        shard)
+            [[ $indices =~ ^0(-[0-9]+)?(%[0-9]+)?$ ]] ||
+                fail "--array of shard must be 0-N, because each task packs its share of all"
+            ;;
+        *) fail "--array would run the same $kind several times; only sweep and shard take it" ;;
+    esac
+}
+
+# Warn of the first WORDS, runs to evaluate, that do not exist.
+warn_of_missing_runs() {
+    local word
+    for word; do
+        if [[ $word == -* ]]; then return; fi
+        [ -e "$word" ] || echo "warning: $(quoted "$word") does not exist; the job fails unless it does" \
+            "when the job starts (--dependency=afterok:JOB waits for a training)" >&2
+    done
+}
+
+# Undo the changes of a submission that failed: remove the copy of the code and the folders made for it.
+remove_made() {
+    if [ -n "$number" ] || [ ${#made[@]} = 0 ]; then return; fi
+    # after an accepted submission the folder is in use
+    if [ -n "$(find "$folder" -maxdepth 1 -name 'resubmit-*.sh' -print -quit)" ]; then return; fi
+    rm -rf "${made[0]}"
+    rmdir "${made[@]:1}" 2>/dev/null || true
+}
+
+dry=no extra=() name=
 while [[ ${1:-} == -* ]]; do
     case $1 in
         -h | --help)
@@ -67,8 +114,6 @@ while [[ ${1:-} == -* ]]; do
             exit 0
             ;;
         --dry-run) dry=yes ;;
-        # not kept for a resubmission, when the jobs to wait for no longer exist
-        --dependency=* | --kill-on-invalid-dep=*) when+=("$1") ;;
         --job-name=*)
             name=${1#*=}
             extra+=("$1")
@@ -92,10 +137,13 @@ if [[ ${1:-} == @(-h|--help) ]]; then
 fi
 load_settings
 refuse_credentials "$@" "$DATA" "${TRAIN_OPTIONS[@]}"
+if [ "$kind" = command ]; then refuse_sbatch_options "${1:-}"; else refuse_sbatch_options "$@"; fi
+require_array "${extra[@]}"
 
 case $kind in
     train)
         require_training "$@"
+        refuse_stray_words "${@:2}"
         folder=$(run_folder "$@")
         ;;
     shard)
@@ -104,44 +152,32 @@ case $kind in
         name=${name:-shard-$1}
         ;;
     sweep)
+        [[ ${1:--} == -* ]] ||
+            fail "a sweep takes no recipe, it trains nine; for one: launch/submit.sh train $(quoted "$1")"
+        refuse_stray_words "$@"
         [ -z "$(option --run-dir "$@")$(option --run "$@")$(option --seed "$@")" ] ||
             fail "a sweep sets the run folder and the seed of each task; omit --run-dir and --seed"
         ;;
     command) [[ ${1:-} =~ ^(python|torchrun)$ ]] || fail "the command must start with python or torchrun" ;;
-    evaluate) [ $# != 0 ] || fail "name at least one run to evaluate" ;;
+    evaluate)
+        [ $# != 0 ] || fail "name at least one run to evaluate"
+        [ -n "$(option --dependency "${extra[@]}")" ] || warn_of_missing_runs "$@"
+        ;;
 esac
-[ "$kind" = command ] || refuse_sbatch_options "$@"
 folder=${folder:-$(realpath -m "$RUNS/jobs/${name:-$kind}-$(date +%Y%m%d-%H%M%S)-$$")}
 set_options "$kind" "$folder" "$@"
 options+=("${extra[@]}")
 
 if [ $dry = yes ]; then
-    echo "sbatch $(quoted "${options[@]}" "${when[@]}" "launch/$kind.sbatch" "$@")"
+    echo "sbatch $(quoted "${options[@]}" "launch/$kind.sbatch" "$@")"
     exit 0
 fi
-require_own_logs "$folder"
-require_replaceable "$folder/resubmit.sh"
-require_replaceable "$folder/resubmit.sh.old"
-number=$(job_of "$folder")
-[ -z "$number" ] || echo "warning: job $number for $(quoted "$folder") is waiting or running already" >&2
-created=()
-for path in "$folder" "$folder/code"; do
-    if [ ! -e "$path" ] && [ ! -L "$path" ]; then created+=("$path"); fi
+made=() number='' path=$folder/code
+while [ ! -e "$path" ] && [ ! -L "$path" ]; do
+    made+=("$path")
+    path=$(dirname "$path")
 done
+trap remove_made EXIT
 snapshot "$PWD" "$folder/code"
 [ -w "$folder" ] || fail "cannot write to $(quoted "$folder")"
-if ! number=$(
-    cd "$folder/code" && sbatch --parsable "${options[@]}" "${when[@]}" "launch/$kind.sbatch" "$@"
-); then
-    # sbatch also fails if SLURM took the job and its answer was lost
-    number=$(job_of "$folder")
-    [ -z "$number" ] || fail "sbatch failed, but job $number for $(quoted "$folder") exists; look at squeue --me"
-    # with a resubmit.sh, another submission uses the folder by now
-    if [ ${#created[@]} != 0 ] && [ ! -e "$folder/resubmit.sh" ]; then rm -rf "${created[0]}"; fi
-    fail "sbatch failed, no job was submitted; $(quoted "$folder") is unchanged"
-fi
-number=${number%%;*}
-shown=${log//%[jA]/$number}
-echo "submitted ${name:-$kind} as job $number; log: $(quoted "$folder")/${shown//%a/*}" >&2
-echo "$number"
-leave_resubmit "$folder" "$kind" "${options[@]}" -- "$@"
+submit "$folder" "$kind" "${options[@]}" -- "$@"

@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -234,7 +234,7 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         options["prog"] = f"{os.environ[commands.STARTED]} {kind_of}".rstrip()
     words = list(options.pop("args", sys.argv[1:]))
     given = [word for word in words if word.startswith("--")]
-    if shown and commands.HELP_ALL in words:
+    if commands.HELP_ALL in words:
         words, shown = [*words, "--help"], ()
         words.remove(commands.HELP_ALL)
     complaint, help_text = io.StringIO(), _boxes()
@@ -272,12 +272,24 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
 
 
 def _missing(lines: Sequence[str]) -> str:
-    """Reword tyro's list of missing arguments: for each a line with its name, and lines of help."""
-    end, words = "(required)", []
-    for before, line in pairwise(lines):
-        is_name = before is lines[0] or before.endswith(end)
-        words.append(f"{line}:" if is_name else line.replace(f". {end}", ";"))
-    return f"missing: {' '.join(words)}".rstrip(";")
+    """Reword tyro's list of missing arguments: for each a line with its name, and lines of help.
+
+    A long list of choices, in brackets after the name, is wrapped.
+    """
+    found: list[list[str]] = []
+    name, end = "", "(required)"
+    for line in lines[1:]:
+        if not name:
+            found.append([])
+        if not name or len(re.findall(r"[\[{]", name)) > len(re.findall(r"[\]}]", name)):
+            name = f"{name} {line}".lstrip()
+            found[-1][:] = [f"{name}:"]
+            continue
+        found[-1].append(line)
+        if line.endswith(end):
+            name = ""
+    texts = (" ".join(words).removesuffix(end).rstrip(" .:") for words in found)
+    return f"missing: {'; '.join(texts)}"
 
 
 def _boxes() -> io.TextIOWrapper:
@@ -418,9 +430,16 @@ def _help_lines(line: str, columns: int) -> list[str]:
     indent = re.match(r"\s*(?:\S+ {2,}|usage: )?", line)
     assert indent is not None
     below = " " * min(len(indent[0]), columns // 2)
-    return textwrap.wrap(
-        line, columns, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+    # an example that can be pasted
+    end = " \\" if line.startswith(("rft ", "python ")) or line.endswith("\\") else ""
+    *parts, last = textwrap.wrap(
+        line,
+        columns - len(end),
+        subsequent_indent=below,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return [*(f"{part}{end}" for part in parts), last]
 
 
 def _print_drawn(text: str) -> None:

@@ -103,6 +103,25 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
 }
 
 
+def typed(words: Sequence[str]) -> list[str]:
+    """Rebuild the command line of this process (`sys.argv`), as it can be typed again."""
+    program, names = Path(words[0]), os.environ.get(STARTED, "").split()[1:]
+    for command, one in _every():
+        if list(command) != names:
+            continue
+        # `rft` itself, a stage, or a rank, which is started as `python -m rft.train`
+        module = ("rft", "__main__"), (*one.package.split("."), "__main__")
+        parts = (*program.parts[:-1], program.stem)
+        if program.name in ("rft", " ".join(("rft", *names))) or any(
+            parts[-len(name) :] == name for name in module
+        ):
+            options = list(words[1:])
+            if one.first and tuple(options[: len(one.first)]) == one.first:
+                del options[: len(one.first)]
+            return ["rft", *command, *options]
+    return [program.name, *words[1:]]
+
+
 def named(words: Sequence[str]) -> list[str]:
     """Translate `-m rft.train OPTION...`, or a file of tools/, to the words after `rft`."""
     started = words[1] if words[0] == "-m" else Path(words[0]).name

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _main(words: Sequence[str]) -> None:
-    if not words or words[0] in (*HELP, "help"):
+    if not words or words[0] in (*HELP, HELP_ALL, "help"):
         print(usage())
     elif words[0] in VERSION:
         print(f"rft {rft.__version__}")
@@ -71,7 +71,7 @@ def run(words: Sequence[str]) -> None:
     name, found = words[0], COMMANDS.get(words[0])
     rest = list(words[1:])
     if isinstance(found, Mapping):
-        if not rest or rest[0] in HELP:
+        if not rest or rest[0] in (*HELP, HELP_ALL):
             lines = [f"  rft {name} {kind:10}{one.about}" for kind, one in found.items()]
             print("\n".join([f"usage: rft {name} KIND [OPTION...]", "", *lines]))
             return

@@ -76,6 +76,27 @@ def use(run: str) -> str:
     return "\n".join(lines)
 
 
+def after_choice(
+    chosen: Path, models: Sequence[Path], data: str, save: Path, merge: Sequence[str] = ()
+) -> str:
+    """Format the lines that export a chosen model and report on all candidates.
+
+    Args:
+        chosen: its run folder.
+        models: the run folders of all candidates.
+        data: their data root.
+        save: the record of the choice.
+        merge: words of the command that writes the weights first, if they were never written.
+    """
+    export = ["-m", "rft.convert", "export", chosen, "--to", "open-clip", "--out", "model"]
+    report = ["-m", "rft.report", *models, "--out", "report", "--data", data, "--chosen", save]
+    evaluated = all((model / filenames.RESULTS).is_file() for model in models)
+    then = "then" if evaluated else "then, after rft evaluate of the same models"
+    lines = [cli.next_step(words) for words in [merge] if words]
+    lines.append(cli.next_step(export, label="then" if merge else "next"))
+    return "\n".join([*lines, cli.next_step(report, label=then)])
+
+
 def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:
     """Add to run folders the sibling folders with other seeds of the same runs.
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from benchmarks.tiny_world import environment
 from rft import cli, commands, dist
 from rft.convert import command as convert_command
+from rft.merge import command as merge_command
+from rft.packing.commands import ood as ood_command
 from rft.predict import command as predict_command
 from tests.tiny import unstamped
 
@@ -253,5 +256,11 @@ def test_missing_arguments_are_named_with_their_help(refused):
     assert "required" not in line
     line = refused(convert_command, "export")
     assert "error: missing: PATH: Run folder (its selected model" in line
-    assert "file; --to {open-clip," in line
+    assert re.search(r"file; --to \{open-clip,[^:}]*\}: ", line), line
     assert line.endswith("file to write (see --help)")
+    # tyro wraps the choices of one, and the last word of another
+    line = refused(ood_command, "--source", "x")
+    sets = "imagenet-v2,imagenet-r,imagenet-sketch,objectnet, imagenet-a"
+    assert f"missing: --benchmark [{{{sets}}} [...]]: Which benchmarks; " in line
+    line = refused(merge_command, "wise", "a")
+    assert ".safetensors file; --out PATH: Run folder to create" in line

@@ -15,6 +15,7 @@ import torch
 
 from rft import cli, commands, entry
 from rft.entry import main
+from rft.storage import files
 from tests import tiny
 
 # the call made by the installed `rft`
@@ -136,6 +137,48 @@ def test_next_steps_have_the_name_that_was_used(monkeypatch):
     assert cli.next_step(verify) == "next: rft verify d/train --deep"
     pack = ["tools/shard_folder.py", "--source", "a b"]
     assert cli.next_step(pack) == "next: rft pack folder --source 'a b'"
+
+
+@pytest.mark.parametrize(
+    ("started", "words", "typed"),
+    [
+        ("rft train", ["/bin/rft", "vanilla"], ["rft", "train", "vanilla"]),
+        ("rft pack set", ["rft", "--name", "a"], ["rft", "pack", "set", "--name", "a"]),
+        ("rft reproduce", ["rft", "paper", "--out", "a"], ["rft", "reproduce", "--out", "a"]),
+        # a stage of a plan, and a rank that rft started
+        ("rft merge", ["rft merge", "wise"], ["rft", "merge", "wise"]),
+        ("rft choose", ["/x/rft/merge/choose/__main__.py", "a"], ["rft", "choose", "a"]),
+        ("rft train", ["/x/rft/train/__main__.py", "a"], ["rft", "train", "a"]),
+        # a process of a plan that is a different command
+        ("rft demo", ["/x/rft/train/__main__.py", "a"], ["__main__.py", "a"]),
+        ("", ["tools/verify_shards.py", "a"], ["verify_shards.py", "a"]),
+    ],
+)
+def test_a_record_has_the_command_as_it_was_typed(monkeypatch, started, words, typed):
+    monkeypatch.setenv(commands.STARTED, started)
+    monkeypatch.setattr(sys, "argv", words)
+    assert files.provenance()["command"] == typed
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("pack",), ("pack", "set"), ("convert",), ("index",), ("env",), ("merge", "wise")]
+)
+def test_every_command_has_help_all(rft, words):
+    helps = [rft(*words, option) for option in ("--help", "--help-all")]
+    assert helps[0] == helps[1]
+    assert (helps[0][0], helps[0][2]) == (0, "")
+
+
+def test_examples_of_a_help_can_be_pasted(rft, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    for words in (("index",), ("pack", "set")):
+        lines = rft(*words, "--help")[1].splitlines()
+        first = next(n for n, line in enumerate(lines) if line.startswith("rft "))
+        example = "\n".join(lines[first:]).partition("\n╭")[0]
+        for command in example.split("\n\n"):
+            assert "\n" not in command.replace("\\\n", "").strip(), command
+        # a line that begins with a dot would be kept apart from its sentence
+        assert not any(line.startswith(".") for line in lines)
 
 
 @pytest.mark.slow

@@ -185,7 +185,7 @@ def test_a_label_is_short(tmp_path):
 
 def test_a_folder_in_place_of_a_shard(tmp_path):
     (tmp_path / "0.tar").mkdir()
-    with pytest.raises(ValueError, match=r"0\.tar is a folder, not a shard; name its shards"):
+    with pytest.raises(ValueError, match=r"0\.tar is a folder, not a shard; it has no \.tar"):
         shard_size(str(tmp_path / "0.tar"))
 
 

@@ -36,7 +36,9 @@ def zero_shot_head(
     if bad := [template for template in templates if "{c}" not in template]:
         raise ValueError(f"prompt template {bad[0]!r} has no placeholder {{c}}")
     if not templates:
-        raise ValueError("the data set's manifest has no prompt templates; pack it with --classes")
+        raise ValueError(
+            "the data set's manifest has no prompt templates; pack or index it again with --classes"
+        )
     # functions, because open_clip calls str.format on strings, where any other brace is an error
     prompts = [lambda name, t=template: t.replace("{c}", name) for template in templates]
     device = clip.model.logit_scale.device
@@ -55,7 +57,7 @@ def zero_shot_head(
         raise ValueError(
             f"class {_quoted(name)} gives a prompt of more than {error.limit} tokens with "
             f"{_quoted(template)}, too long for the text tower of {clip.architecture.clip}; "
-            "shorten it with --classes and pack again"
+            "shorten it in --classes, and pack or index the set again"
         ) from error
     # open_clip can build towers that it cannot compute, because some options exclude others
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:

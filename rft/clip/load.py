@@ -120,14 +120,23 @@ def load_file(path: Path, clip: str) -> PretrainedClip:
     return loaded
 
 
-def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
+def find_tag(clip: str, name: str) -> dict[str, Any]:
+    """Look up a weights tag of open_clip; empty if `name` is a file.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     tag: dict[str, Any] = open_clip.get_pretrained_cfg(clip, name)
-    if not tag:
-        path = Path(name)
-        if name and path.exists():
-            return _from_weights(weights.read(path), clip)
+    if not tag and not (name and Path(name).exists()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
         raise ValueError(f"{name!r} is neither a weights tag of {clip} nor a file; tags: {tags}")
+    return tag
+
+
+def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
+    tag = find_tag(clip, name)
+    if not tag:
+        return _from_weights(weights.read(Path(name)), clip)
     architecture, quick = architecture_of(clip), bool(tag.get("quick_gelu", False))
     _require_activation(f"weights {name!r}", quick, architecture)
     path = hub.fetch_tag(tag)
@@ -419,7 +428,8 @@ class WordTokenizer:
     """
 
     def __init__(self, words: Sequence[str], context_length: int, source: str = VOCABULARY) -> None:
-        self._ids = {word: number for number, word in enumerate(words) if word}
+        self._end = max((number for number, word in enumerate(words) if word), default=0)
+        self._ids = {word: n for n, word in enumerate(words) if word and 1 < n < self._end}
         self._context_length = context_length
         self._source = source  # file of the words, for messages
 
@@ -438,10 +448,10 @@ class WordTokenizer:
                 raise ValueError(
                     f"this tiny CLIP knows only {len(self._ids)} words, and {unknown[0]!r} of "
                     f"{text!r} is not one; it is for rft's own examples: name a different "
-                    "--model.clip, or give classes and templates of its words with --classes "
-                    f"({self._source} lists them, such as {', '.join(sorted(self._ids)[-6:-1])})"
+                    "--model.clip, or pack or index the set with --classes of its words "
+                    f"({self._source} lists them, such as {', '.join(sorted(self._ids)[-5:])})"
                 )
-            ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
+            ids = [1, *(self._ids[word] for word in words), self._end]
             if len(ids) > self._context_length:
                 raise TextTooLongError(text, self._context_length)
             row[: len(ids)] = torch.tensor(ids)

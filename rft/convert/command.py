@@ -9,7 +9,7 @@ training. The format is detected from the file's content; rft/clip/weights.py ha
 
 import sys
 
-from rft import cli
+from rft import cli, commands
 from rft.convert.exports import Export, export_weights
 from rft.convert.imports import Import, import_weights
 
@@ -34,7 +34,7 @@ classifies without rft), onnx, released, model-soups or safetensors.
 def main() -> None:
     """Run the subcommand of the command line."""
     kind, *options = sys.argv[1:] or ["--help"]
-    if kind in ("-h", "--help"):
+    if kind in ("-h", "--help", commands.HELP_ALL):
         cli.print_help(USAGE)
     elif kind == "import":
         import_weights(cli.parse(Import, args=options, prog="rft.convert import"))

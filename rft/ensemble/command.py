@@ -5,7 +5,7 @@ The results are a run folder without weights, which `rft.report` reads like any 
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -30,7 +30,13 @@ from rft.evaluate.checkpoints import (
     warn_of_other_split,
 )
 from rft.evaluate.forward import Kept
-from rft.evaluate.results import Evaluated, is_current, record_seen, write_results
+from rft.evaluate.results import (
+    Evaluated,
+    is_current,
+    record_seen,
+    say_results,
+    write_results,
+)
 from rft.evaluate.temperature import fit_on, training_set
 from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFolder
@@ -43,6 +49,7 @@ from rft.runs import filenames, predictions, records
 from rft.runs.folder import current_results
 from rft.runs.records import Bank, Cluster, Clusters, Fitted, Temperature
 from rft.sets import TEST_SETS
+from rft.shards.guard import Seen
 from rft.shards.manifest import Manifest
 from rft.shards.root import set_names
 from rft.storage import files
@@ -172,6 +179,7 @@ def main() -> None:
         elif world.is_main:
             log.info("all results are current, nothing to do")
     if world.is_main:
+        say_results([found.path], sets)
         cli.say_next(commands.report([found.path], arguments.data))
 
 
@@ -204,16 +212,16 @@ def _read(arguments: Ose | Vrf | Dawin) -> Pair:
 
 def _look(
     found: Pair, manifests: Mapping[str, Manifest], arguments: Shared, world: World
-) -> tuple[bool, dict[str, int], Fitted | None]:
+) -> tuple[bool, dict[str, Seen | None], Fitted | None]:
     """Check for existing results, test images that were trained on, and earlier fits.
 
     Rank 0 decides, because files may change while others check them.
     """
 
-    def look() -> tuple[bool, dict[str, int], Fitted | None]:
+    def look() -> tuple[bool, dict[str, Seen | None], Fitted | None]:
         of_each = images_seen([one.path for one in found.models], arguments.data, manifests)
         # an image that either model has seen must not test the ensemble
-        seen = {name: max(one.get(name, 0) for one in of_each) for name in manifests}
+        seen = {name: _larger([one[name] for one in of_each]) for name in manifests}
         done = is_current(found.path, manifests)
         if done:
             record_seen(found.path, seen)
@@ -222,11 +230,17 @@ def _look(
     return dist.from_main(world, dist.on_main(world, look))
 
 
+def _larger(counts: Sequence[Seen | None]) -> Seen | None:
+    """Combine the models' numbers of seen images; None if none is known to be seen, nor unseen."""
+    largest = max(count or Seen() for count in counts)
+    return None if None in counts and not largest.images else largest
+
+
 def _evaluate(
     found: Pair,
     arguments: Ose | Vrf | Dawin,
     packed: Mapping[str, PackedDataset],
-    seen: Mapping[str, int],
+    seen: Mapping[str, Seen | None],
     world: World,
     device: torch.device,
 ) -> None:

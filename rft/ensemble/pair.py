@@ -53,11 +53,6 @@ class Pair:
         weights = [model.sha256 for model in self.models]
         return files.sha256_bytes(json.dumps([weights, named], sort_keys=True).encode())
 
-    @property
-    def state_of_run(self) -> str:
-        """Always empty, because both models have finished training."""
-        return ""
-
     def earlier(self) -> Fitted | None:
         """Read the fits of an earlier call with current results; None if there are none."""
         if current_results(self.path) is None:

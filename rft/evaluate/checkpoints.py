@@ -31,16 +31,16 @@ from rft.dist import World
 from rft.evaluate.unwritten import System, Unwritten, header_of, path_of
 from rft.loading.dataset import PackedDataset
 from rft.loading.split import split_set
-from rft.runs import derived, filenames
+from rft.runs import derived, filenames, records
 from rft.runs.filenames import SELECTED
 from rft.runs.folder import checkpoint_path, current_results, unfinished
 from rft.runs.trained_on import TrainedOn, of_model
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
-from rft.shards.guard import seen_images
+from rft.shards.guard import Located, Seen, find_set, seen_images
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, warn_of_one_class
-from rft.storage import files
+from rft.storage import files, urls
 
 log = logging.getLogger(__name__)
 
@@ -162,57 +162,124 @@ def warn_of_other_split(systems: Sequence[System], data: str) -> None:
     for one in systems:
         path = path_of(one)
         for name, trained_on, *_ in sorted(of_model(path, header_of(one).metadata)):
-            url = files.join(data, name)
-            # a training set that is not beside the test sets cannot be compared
-            if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
+            found = _differing(data, name, trained_on)
+            if found is None or _same_images(found, find_set(own_roots([one]), name, trained_on)):
                 continue
-            found = Manifest.load(url).sha256
-            if found != trained_on:
-                log.warning(
-                    f"{path} was trained on a different {name} (manifest {trained_on[:12]}) than "
-                    f"{url} ({found[:12]}): it may have seen images of these test sets "
-                    "(docs/data.md#no-training-on-test-images)"
-                )
-                # one warning per model, however many sets it has seen
-                break
+            log.warning(
+                f"{path} was trained on a different {name} (manifest {trained_on[:12]}) than "
+                f"{files.join(data, name)} ({found.sha256[:12]}): it may have seen images of these "
+                "test sets (docs/data.md#no-training-on-test-images)"
+            )
+            # one warning per model, however many sets it has seen
+            break
+
+
+def _differing(data: str, name: str, sha256: str) -> Manifest | None:
+    """Read the set below a data root that has a training set's name, but not its manifest."""
+    url = files.join(data, name)
+    # a training set that is not beside the test sets cannot be compared
+    if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
+        return None
+    found = Manifest.load(url)
+    return found if found.sha256 != sha256 else None
+
+
+def _same_images(one: Manifest, other: Located | None) -> bool:
+    """Whether two sets hold the same images of the same classes, as after indexing tars again."""
+    return (
+        other is not None
+        and one.samples_sha256 is not None
+        and (one.samples_sha256, one.classes) == (other[1].samples_sha256, other[1].classes)
+    )
+
+
+def own_roots(systems: Iterable[System]) -> list[str]:
+    """List the data roots on this machine that the models' own run folders name.
+
+    A training set is often there and not beside the test sets. A run folder may be third-party, so
+    no server that it names is contacted.
+    """
+    paths = [path_of(one) for one in systems]
+    averages = [one.average for one in systems if isinstance(one, Unwritten)]
+    paths += [model.path for average in averages for model in average.models]
+    found: list[str] = []
+    for path in paths:
+        # the config.json only helps to find images, so a damaged one is no error here
+        with contextlib.suppress(ValueError):
+            config = records.find_config(path)
+            models = (config.merged_from if config else None) or ()
+            configs = (config, *(records.find_config(Path(model.path)) for model in models))
+            found += [one.data for one in configs if one and one.data]
+    return [root for root in dict.fromkeys(found) if not urls.is_whole(root)]
 
 
 def images_seen(
     systems: Sequence[System], data: str, manifests: Mapping[str, Manifest]
-) -> list[dict[str, int]]:
+) -> list[dict[str, Seen | None]]:
     """Count for each system the images of each set that it was trained on, with a warning.
 
-    Training accuracy may be intended, so it is only a warning, and results.json has the count.
+    Training accuracy may be intended, so it is only a warning, and results.json has the count. It
+    is None, also with a warning, if a training set is not available.
     """
-    found, known = [], {}
-    models: dict[tuple[str, int], list[str]] = {}
-    for one in systems:
-        path = path_of(one)
-        trained_on = of_model(path, header_of(one).metadata)
-        if trained_on not in known:
-            pairs = sorted({(name, sha256) for name, sha256, *_ in trained_on})
-            parts = few_shot_parts(trained_on, data, manifests)
-            known[trained_on] = seen_images(data, pairs, manifests, parts)
-        found.append(known[trained_on])
-        for seen in known[trained_on].items():
-            models.setdefault(seen, []).append(str(path))
+    trained_on = [of_model(path_of(one), header_of(one).metadata) for one in systems]
+    pairs = sorted({its.pair for one in trained_on for its in one})
+    roots = [data, *own_roots(systems)]
+    located = {pair: _locate(pair, roots, data, manifests) for pair in pairs}
+    known = {}
+    for one in dict.fromkeys(trained_on):
+        its = {each.pair: located[each.pair] for each in sorted(one)}
+        known[one] = seen_images(data, its, manifests, few_shot_parts(one, located))
+    found = [known[one] for one in trained_on]
+    models: dict[tuple[str, Seen], list[str]] = {}
+    for system, counts in zip(systems, found, strict=True):
+        for name, count in counts.items():
+            if count and count.images:
+                models.setdefault((name, count), []).append(str(path_of(system)))
     # one warning for all models: they often have the same training set
-    for (name, count), paths in models.items():
+    for (name, (count, other)), paths in models.items():
         total = manifests[name].samples
-        was, its = ("were", "their") if paths[1:] else ("was", "its")
+        was, its_own = ("were", "their") if paths[1:] else ("was", "its")
+        labels = f" ({other:,} under a different label; one label is wrong)" if other else ""
+        off = [(count - other, "high"), (other, "low")]
+        points = [f"up to {100 * n / total:.3g} points too {which}" for n, which in off if n]
         log.warning(
-            f"{', '.join(paths)} {was} trained on {count:,} of the {total:,} images of {name}: "
-            f"{its} accuracy there is up to {100 * count / total:.3g} points too high"
+            f"{', '.join(paths)} {was} trained on {count:,} of the {total:,} images of {name}"
+            f"{labels}: {its_own} accuracy there is {' and '.join(points)}"
         )
+    # `warn_of_other_split` warns of a different set
+    for pair in (one for one in pairs if not located[one] and not _differing(data, *one)):
+        unchecked = {
+            str(path_of(system)): [name for name, count in counts.items() if count is None]
+            for system, one, counts in zip(systems, trained_on, found, strict=True)
+            if pair in {its.pair for its in one} and None in counts.values()
+        }
+        if unchecked:
+            names = dict.fromkeys(name for names in unchecked.values() for name in names)
+            log.warning(
+                f"training set {pair[0]} (manifest {pair[1][:12]}) is not below {data}: not "
+                f"checked whether {', '.join(unchecked)} {'were' if len(unchecked) > 1 else 'was'} "
+                f"trained on images of {', '.join(names)} "
+                "(docs/data.md#no-training-on-test-images)"
+            )
     return found
 
 
+def _locate(
+    pair: tuple[str, str], roots: Sequence[str], data: str, manifests: Mapping[str, Manifest]
+) -> Located | None:
+    """Find a training set below some data roots, or among the evaluated sets under any name."""
+    for name, manifest in manifests.items():
+        if manifest.sha256 == pair[1]:
+            return files.join(data, name), manifest
+    return find_set(roots, *pair)
+
+
 def few_shot_parts(
-    trained_on: Iterable[TrainedOn], data: str, manifests: Mapping[str, Manifest]
+    trained_on: Iterable[TrainedOn], located: Mapping[tuple[str, str], Located | None]
 ) -> dict[str, np.ndarray]:
     """Find the samples that a model has seen of each set that it was trained on with few shots.
 
-    The result maps the manifest's hash of each set that exists here to the samples; held-out
+    The result maps the manifest's hash of each set that was located to the samples; held-out
     samples count as seen. A set with a training without shots was seen completely and has no entry.
     """
     by_set: dict[str, list[TrainedOn]] = {}
@@ -220,19 +287,12 @@ def few_shot_parts(
         by_set.setdefault(one.manifest_sha256, []).append(one)
     found = {}
     for sha256, entries in by_set.items():
-        names = dict.fromkeys((*(one.name for one in entries), *manifests))
-        if not all(one.shots for one in entries):
-            continue
-        for name in names:
-            url = files.join(data, name)
+        sets = [its for one in entries if (its := located[one.name, sha256]) is not None]
+        if sets and all(one.shots for one in entries):
+            url, manifest = sets[0]
             # a damaged set is reported later, when it is compared
             with contextlib.suppress(ValueError):
-                if not files.exists(files.join(url, MANIFEST)):
-                    continue
-                manifest = Manifest.load(url)
-                if manifest.sha256 == sha256:
-                    found[sha256] = _seen_by(entries, Index.load(url, manifest), manifest)
-                    break
+                found[sha256] = _seen_by(entries, Index.load(url, manifest), manifest)
     return found
 
 

@@ -32,6 +32,7 @@ from rft.evaluate.results import (
     Evaluated,
     is_current,
     record_seen,
+    say_results,
     warn_of_no_temperature,
     write_results,
 )
@@ -46,6 +47,7 @@ from rft.runs.derived import require_weights
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
 from rft.runs.records import Temperature
 from rft.sets import TEST_SETS
+from rft.shards.guard import Seen
 from rft.shards.manifest import Manifest
 from rft.shards.root import set_names
 from rft.storage import files
@@ -110,13 +112,13 @@ def evaluate(
     systems: Sequence[System],
     packed: dict[str, PackedDataset],
     arguments: Arguments,
-    seen: Sequence[dict[str, int]],
+    seen: Sequence[dict[str, Seen | None]],
     world: World,
     device: torch.device,
 ) -> None:
     """Evaluate some systems on every set in one pass; the main rank writes their results.
 
-    `seen` has for each system the number of images of each set that it was trained on.
+    `seen` counts for each system the images of each set that it was trained on.
     """
     loaded, models = load_checkpoints(systems, world, device)
     sets: list[dict[str, Evaluated]] = [{} for _ in models]
@@ -161,7 +163,7 @@ def evaluate(
                 predicted[number],
                 manifest.sha256,
                 temperatures[number],
-                seen[number].get(name, 0),
+                seen[number][name],
                 manifest.score,
                 manifest.is_ood,
             )
@@ -193,14 +195,14 @@ def waiting(
     manifests: Mapping[str, Manifest],
     arguments: Arguments,
     world: World,
-) -> tuple[list[System], list[dict[str, int]]]:
+) -> tuple[list[System], list[dict[str, Seen | None]]]:
     """Find the systems without current results, and count the images of each set they have seen.
 
     Systems with current results get these counts recorded. Rank 0 decides for all, because files
     may change between the reads of two ranks, and the hashes of a training set are megabytes.
     """
 
-    def look() -> tuple[list[int], list[dict[str, int]]]:
+    def look() -> tuple[list[int], list[dict[str, Seen | None]]]:
         seen = images_seen(systems, arguments.data, manifests)
         left = []
         for number, one in enumerate(systems):
@@ -253,8 +255,15 @@ def main() -> None:
                 evaluate(left[part], packed, arguments, seen[part], world, device)
         elif world.is_main:
             log.info("all results are current, nothing to do")
-        if arguments.temperature and world.is_main:
-            warn_of_no_temperature([path_of(one) for one in systems], sets)
-    runs = [path for path in map(path_of, systems) if path.is_dir()]
-    if world.is_main and runs:
+    if world.is_main:
+        _say(systems, sets, arguments)
+
+
+def _say(systems: Sequence[System], sets: Sequence[str], arguments: Arguments) -> None:
+    """Print the results, also those of an earlier call, and the next command."""
+    paths = [path_of(one) for one in systems]
+    say_results(paths, sets)
+    if arguments.temperature:
+        warn_of_no_temperature(paths, sets)
+    if runs := [path for path in paths if path.is_dir()]:
         cli.say_next(commands.report(runs, arguments.data))

@@ -5,7 +5,7 @@ are ignored.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from rft.runs import predictions
 from rft.runs.folder import current_results, results_path
 from rft.runs.records import Results, SetCount, Temperature
 from rft.sets import Score
+from rft.shards.guard import Seen
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
@@ -38,11 +39,6 @@ class Counted(Protocol):
         """Identity of its weights."""
         ...
 
-    @property
-    def state_of_run(self) -> str:
-        """Progress of its run, for a line of output; empty if it has ended."""
-        ...
-
     def record(self) -> dict[str, Any]:
         """Make the entries of a document of results that identify the weights."""
         ...
@@ -55,8 +51,8 @@ class Evaluated(NamedTuple):
     manifest_sha256: str
     temperature: Temperature | str | None = None
     """Fitted on held-out images; the reason if it was requested but not fitted."""
-    seen: int = 0
-    """Images of the set that the model was trained on."""
+    seen: Seen | None = Seen()
+    """Images of the set that the model was trained on; None if that could not be checked."""
     score: Score = "top1"
     ood: bool = False
 
@@ -90,7 +86,7 @@ def _is(path: Path, sha256: str | None) -> bool:
 
 
 def write_results(one: Counted, sets: Mapping[str, Evaluated]) -> None:
-    """Write the predictions and counts of one checkpoint, and print its accuracies.
+    """Write the predictions and counts of one checkpoint.
 
     results.json is written last: a file of predictions is valid only if its hash is recorded there.
 
@@ -106,18 +102,30 @@ def write_results(one: Counted, sets: Mapping[str, Evaluated]) -> None:
     # counts of the same weights from an earlier call are kept
     results = Results(**record, sets={**(earlier.sets if earlier else {}), **counts})
     files.write_json(str(results_path(one.path)), asdict(results))
-    shares = (f"{name} {in_words(count)}" for name, count in counts.items())
-    cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")
 
 
-def record_seen(checkpoint: Path, seen: Mapping[str, int]) -> None:
+def say_results(checkpoints: Iterable[Path], sets: Iterable[str]) -> None:
+    """Print the recorded accuracies of each checkpoint on some sets."""
+    names = list(sets)
+    for checkpoint in checkpoints:
+        if results := current_results(checkpoint):
+            state = f" (unfinished, {results.unfinished})" if results.unfinished else ""
+            shares = (f"{name} {in_words(results.sets[name])}" for name in names)
+            cli.say(f"{checkpoint}{state}: {', '.join(shares)}")
+
+
+def record_seen(checkpoint: Path, seen: Mapping[str, Seen | None]) -> None:
     """Record how many images of each set a model was trained on, in results that are current.
 
-    `seen` has no entry if the training set is no longer available; then the old number is kept.
+    A number is None if the training set is no longer available; then the old number is kept.
     """
     results = current_results(checkpoint)
     counts = results.sets if results else {}
-    newer = {n: replace(counts[n], seen=k) for n, k in seen.items() if counts[n].seen != k}
+    newer = {
+        name: replace(counts[name], seen=one.images, seen_other_label=one.other_label)
+        for name, one in seen.items()
+        if one is not None and (counts[name].seen, counts[name].seen_other_label) != one
+    }
     if results and newer:
         found = replace(results, sets={**counts, **newer})
         files.write_json(str(results_path(checkpoint)), asdict(found))
@@ -160,7 +168,8 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
         logits_sha256=half_sha256,
         temperature=None if isinstance(found.temperature, str) else found.temperature,
         no_temperature=found.temperature if isinstance(found.temperature, str) else "",
-        seen=found.seen,
+        seen=None if found.seen is None else found.seen.images,
+        seen_other_label=0 if found.seen is None else found.seen.other_label,
     )
 
 

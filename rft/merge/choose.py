@@ -5,7 +5,8 @@ their weights. No test image is used. These images also selected the epoch of ea
 so its count is slightly too high; a tie therefore goes to the model closest to the pre-trained one.
 """
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -13,19 +14,21 @@ import numpy as np
 import torch
 import tyro
 
-from rft import cli, dist
+from rft import cli, dist, next_steps
 from rft.averages.ingredients import EndWeights, read_ingredient
 from rft.config import MAX_PIXELS, Device
 from rft.dist import World
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.count import Count, count_correct
-from rft.evaluate.unwritten import System, read_averages
+from rft.evaluate.unwritten import System, Unwritten, path_of, read_averages
 from rft.loading.dataset import PackedDataset
 from rft.merge.greedy import held_out_images, shared_split
 from rft.runs import choice, records
 from rft.runs.choice import Candidate, Choice
+from rft.runs.derived import merge_words
+from rft.runs.records import RunConfig
 from rft.shards.guard import require_no_test_images
-from rft.storage import files
+from rft.storage import documents, files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
 
@@ -142,6 +145,7 @@ def main() -> None:
     # with --wise the candidates include averages, which `_known` does not compare
     if not arguments.wise and (known := _known(arguments, packed.manifest.sha256)):
         cli.say(f"already chosen by held-out images: {known.chosen}")
+        _say_next(known, systems, arguments)
         return
     require_classes(systems, {split.train_set: packed})
     held_out = held_out_images(packed, split, runs)
@@ -152,6 +156,19 @@ def main() -> None:
         cli.say(f"{one.path}: {one.correct} of {found.images} held-out images")
     files.write_json(str(arguments.save), asdict(found))
     cli.say(f"chosen by held-out images: {found.chosen}")
+    _say_next(found, systems, arguments)
+
+
+def _say_next(found: Choice, systems: Sequence[System], arguments: Arguments) -> None:
+    """Print the commands that export the chosen model, and report on all."""
+    chosen, merge = Path(found.chosen), list[str]()
+    system = next(one for one in systems if path_of(one) == chosen)
+    if isinstance(system, Unwritten):
+        config = system.average.config
+        read = replace(documents.convert(config, RunConfig, str(chosen)), whole=config)
+        merge = merge_words(chosen, read)
+    models = [Path(one.path) for one in found.candidates]
+    cli.say_next(next_steps.after_choice(chosen, models, arguments.data, arguments.save, merge))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from rft.classes import composed
 from rft.packing.expected import is_imagenet
+from rft.packing.foreign.class_names import folder_hint
 from rft.packing.layouts import class_folders, in_threads, list_images
 from rft.packing.names import Links
 from rft.packing.own_folder import name_classes
@@ -100,7 +101,7 @@ def require_known(source: Path, classes: Iterable[str], labels: LabelSpace) -> N
     if unknown := sorted(set(classes) - set(labels.ids)):
         raise ValueError(
             f"unknown class: {shown(unknown[0])} in {source} is not one of the {len(labels)} "
-            f"classes; remove it or add it to --classes"
+            f"classes; {folder_hint(unknown[0], labels) or 'remove it or add it to --classes'}"
         )
 
 

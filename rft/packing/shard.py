@@ -10,16 +10,18 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from rft import cpus
 from rft.config import MAX_PIXELS
 from rft.packing import encode
 from rft.packing.shard_writer import ShardWriter
-from rft.packing.source import Item, read_item, where
+from rft.packing.source import Item, Source, read_item, where
 from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
 from rft.shards.index import COLUMNS, KEY_BYTES
@@ -278,6 +280,29 @@ def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> tuple[encode.E
         return encode.encode(data, name, job.encoding, job.max_pixels), source_hash(data)
     except ValueError as error:
         return _leave_out(job, item, bad, error)
+
+
+def unreadable(source: Source, encoding: dict[str, Any]) -> int:
+    """Count all images of a source that cannot be packed."""
+    job = ShardJob(
+        root=source.root,
+        out="",
+        number=0,
+        items=tuple(source.items),
+        classes=(),
+        encoding=encoding,
+        plan_hash="",
+        max_bad=len(source.items),
+    )
+    bad: list[Quarantined] = []
+
+    def look(item: Item) -> None:
+        _encode(job, item, bad)
+
+    with ThreadPoolExecutor(cpus.available()) as pool:
+        for _ in pool.map(look, source.items):
+            pass
+    return len(bad)
 
 
 def _leave_out(job: ShardJob, item: Item, bad: list[Quarantined], error: ValueError) -> None:

@@ -145,7 +145,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
     """Check the set at `url`, as the module describes. `workers` None is one per core."""
     report = Report(url=url, deep=deep)
     try:
-        manifest = Manifest.load(url)
+        manifest = Manifest.load(url, as_path=True)
     except ValueError as error:
         report.add(f"manifest.json cannot be used: {error}")
         return report

@@ -1,5 +1,6 @@
 """`rft photos FOLDER --out OUT`: from photos to a report and a model in one command."""
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -7,10 +8,10 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -18,17 +19,20 @@ import tyro
 
 from rft import cli, recipes, small, stages
 from rft.clip.hub import UnreachableError
-from rft.clip.load import MINIATURE, download, hub_config
+from rft.clip.load import MINIATURE, download, find_tag, hub_config, names_folder
 from rft.config import Config, Device, ModelConfig
 from rft.loading.dataset import PackedDataset
 from rft.packing.commands import folder
 from rft.packing.names import Patterns, patterns_of, taken_for_name
 from rft.packing.own_folder import Photos, UnusableError, read_folder
+from rft.packing.shard import unreadable
 from rft.packing.source import Item, require_apart
 from rft.photos import plan, rates, record
 from rft.photos.example import write_example
 from rft.photos.plan import ZERO_SHOT, Stage, Task
 from rft.runs import choice
+from rft.shards.folder import MANIFEST
+from rft.shards.images import encoding_parameters
 from rft.shards.label_space import LabelSpace
 from rft.storage.documents import Epochs, Part, Seed, Whole, document
 from rft.text import plain, printable
@@ -103,6 +107,19 @@ class Arguments:
     world into OUT/photos and uses the tiny CLIP that comes with rft."""
 
 
+class Packed(NamedTuple):
+    """The content of the packed sets."""
+
+    labels: dict[str, np.ndarray]
+    """Of each set."""
+    left_out: int
+
+    @property
+    def size(self) -> small.Size:
+        """Size of the training set."""
+        return small.Size.of(self.labels[plan.TRAIN_SET])
+
+
 def main() -> None:
     """Parse, draw the example's photos, plan and run."""
     arguments = cli.parse(Arguments, prog="rft.photos")
@@ -120,16 +137,16 @@ def _plan_and_run(arguments: Arguments) -> None:
     assert arguments.folder is not None
     source, out = arguments.folder, arguments.out
     require_apart([source], str(out), ("shards", "runs", "report", "model"))
+    # before the photos are read, which takes a while
+    task = _task(arguments)
     photos = _read(arguments, source)
     _require_usable(photos, source)
-    print("\n".join(found(photos, source, arguments.max_bad)), flush=True)
-    folder.warn(photos)
-    task = _task(arguments)
-    size = _size(photos)
+    now, packed = _compare(task, photos)
+    size = packed.size if packed else _size(photos)
     configs = {name: training(task, name, size) for name in plan.FAMILIES}
     first = next(iter(configs.values()))
-    now = record.made_from(photos, options(task, first))
-    record.agree(out, now)
+    print("\n".join(found(photos, source, arguments.max_bad, packed)), flush=True)
+    folder.warn(photos)
     if arguments.epochs == 0:
         log.warning("--epochs 0 trains nothing: every model stays the pre-trained one")
     held_out = first.loader.held_out
@@ -141,7 +158,8 @@ def _plan_and_run(arguments: Arguments) -> None:
         # time
         torch.set_num_threads(1)
     known = task.choice.exists() or not held_out
-    coming = [*before, *plan.end(task, _chosen(task, held_out) if known else task.run(ZERO_SHOT))]
+    chosen = _chosen(task, held_out) if known else task.run(ZERO_SHOT)
+    coming = [*before, *plan.end(task, chosen, held_out=held_out > 0)]
     done = {stage.name for stage in coming if plan.is_done(task, stage)}
     times: dict[str, float] | None = {}
     how = "all but the last are already done"
@@ -160,8 +178,8 @@ def _plan_and_run(arguments: Arguments) -> None:
         return
     record.write(out, now)
     pack, *_ = before
-    run(pack)
-    size = _packed(task)
+    run(pack, lambda: _enough(task, photos))
+    size = _packed_size(task)
     if held_out and not training(task, plan.OURS, size).loader.held_out:
         # only packing reveals which photos cannot be decoded
         print("\n".join(without_held_out(first, size)), flush=True)
@@ -169,7 +187,7 @@ def _plan_and_run(arguments: Arguments) -> None:
     for stage in _before(task, held_out)[1:]:
         run(stage)
     chosen = _chosen(task, held_out)
-    for stage in plan.end(task, chosen):
+    for stage in plan.end(task, chosen, held_out=held_out > 0):
         run(stage)
     _say_end(task, chosen, held_out, time.perf_counter() - began)
 
@@ -296,18 +314,22 @@ def _require_usable(photos: Photos, source: Path) -> None:
         raise ValueError(f"{source} has one class; a classifier needs two or more")
 
 
-def found(photos: Photos, source: Path, max_bad: int = 0) -> list[str]:
+def found(
+    photos: Photos, source: Path, max_bad: int = 0, packed: Packed | None = None
+) -> list[str]:
     """Summarise the photos for printing: counts, split, and oddities of the classes."""
-    # packing leaves out more photos if they cannot be decoded
-    most = "at most " if max_bad > len(photos.damaged) else ""
-    left_out = f", {len(photos.damaged):,} left out" if photos.damaged else ""
-    train, test = (_items(photos, name) for name in (plan.TRAIN_SET, plan.TEST_SET))
+    # packing leaves out those that cannot be decoded
+    most = "at most " if max_bad and not packed else ""
+    bad = packed.left_out if packed else len(photos.damaged)
+    left_out = f", {bad:,} left out" if bad else ""
     names = photos.labels.names
-    counts = [Counter(item.label for item in items) for items in (train, test)]
+    labels = packed.labels if packed else _labels(photos)
+    counts = [Counter(labels[name].tolist()) for name in (plan.TRAIN_SET, plan.TEST_SET)]
+    train, test = (one.total() for one in counts)
     total = sum(len(one.items) for one in photos.sources)
     lines = [
         f"{printable(str(source))}: {total:,} photos of {len(names):,} classes; "
-        f"{most}{len(train):,} to train on, {most}{len(test):,} to test with{left_out}"
+        f"{most}{train:,} to train on, {most}{test:,} to test with{left_out}"
     ]
     if len(names) <= LISTED:
         # keeps a name and its numbers on one line
@@ -346,6 +368,8 @@ def _task(arguments: Arguments) -> Task:
     assert arguments.folder is not None
     # raises for a name that open_clip does not know
     vision = hub_config(arguments.clip).model_cfg["vision_cfg"]
+    if not names_folder(arguments.clip):
+        find_tag(arguments.clip, arguments.pretrained)
     local = arguments.clip.startswith("local-dir:") or arguments.clip == MINIATURE
     return Task(
         source=arguments.folder,
@@ -379,10 +403,40 @@ def training(task: Task, recipe: str, size: small.Size) -> Config:
 
 
 def _size(photos: Photos) -> small.Size:
-    return small.Size.of(np.array([item.label for item in _items(photos, plan.TRAIN_SET)]))
+    return small.Size.of(_labels(photos)[plan.TRAIN_SET])
 
 
-def _packed(task: Task) -> small.Size:
+def _labels(photos: Photos) -> dict[str, np.ndarray]:
+    """List the labels of each set, without those of photos that are known to be left out."""
+    return {
+        one.dataset: np.array([item.label for item in _items(photos, one.dataset)])
+        for one in photos.sources
+    }
+
+
+def _compare(task: Task, photos: Photos) -> tuple[record.MadeFrom, Packed | None]:
+    """Compare the inputs with the record of OUT's; then its packed sets are of these photos."""
+    config = training(task, plan.OURS, _size(photos))
+    now = record.made_from(photos, options(task, config))
+    record.agree(task.out, now)
+    return now, _packed(task, photos)
+
+
+def _packed(task: Task, photos: Photos) -> Packed | None:
+    """Read the packed sets, if all of them were packed from these photos."""
+    urls = {one.dataset: task.data / one.dataset for one in photos.sources}
+    # the record has just been compared with the photos
+    needed = [task.out / record.NAME, *(url / MANIFEST for url in urls.values())]
+    if not all(path.exists() for path in needed):
+        return None
+    sets = {name: PackedDataset(str(url)) for name, url in urls.items()}
+    return Packed(
+        {name: one.index.label for name, one in sets.items()},
+        sum(one.manifest.quarantined for one in sets.values()),
+    )
+
+
+def _packed_size(task: Task) -> small.Size:
     return small.Size.of(PackedDataset(str(task.data / plan.TRAIN_SET)).index.label)
 
 
@@ -416,14 +470,33 @@ def _before(task: Task, held_out: int) -> list[Stage]:
     return [*found, plan.choose(task)] if held_out else found
 
 
-def run(stage: Stage) -> None:
-    """Run a stage; after its error, print how to resume."""
+def run(stage: Stage, enough: Callable[[], int] = int) -> None:
+    """Run a stage; after its error, print how to resume.
+
+    `enough` finds the --max-bad without which the stage would fail again, or 0.
+    """
     try:
         stages.run_here(stage.name, stage.words)
     except SystemExit as stopped:
         if stopped.code == stages.MISTAKE:
-            print(plain(f"  {_same_command(label='to resume')}"), file=sys.stderr, flush=True)
+            bad = enough()
+            more = ["--max-bad", str(bad)] if bad else []
+            label = "to resume without them" if bad else "to resume"
+            print(plain(f"  {_same_command(*more, label=label)}"), file=sys.stderr, flush=True)
         raise
+
+
+def _enough(task: Task, photos: Photos) -> int:
+    """Count the photos that cannot be decoded if --max-bad allows fewer, else 0.
+
+    Packing itself stops as soon as there are too many.
+    """
+    encoding = encoding_parameters("pixels", task.image_size, 0, photos=True)
+    with contextlib.suppress(OSError, ValueError):  # photos that are no longer as they were listed
+        bad = [unreadable(source, encoding) for source in photos.sources]
+        # it applies to each set when packing, and to all of them before
+        return sum(bad) if max(bad) > task.max_bad else 0
+    return 0
 
 
 def _chosen(task: Task, held_out: int) -> Path:

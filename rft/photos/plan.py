@@ -160,7 +160,7 @@ def merge(task: Task, recipe: str) -> Stage:
 
 
 def report(task: Task, chosen: Path) -> Stage:
-    """Build the command that reports on all candidates, the chosen one first."""
+    """Build the command that reports on all candidates; `chosen` is a run or the choice."""
     words = ["-m", "rft.report", str(task.out / "runs"), "--out", str(task.report)]
     words += ["--data", str(task.data), "--chosen", str(chosen)]
     return Stage(name="report", words=tuple(words))
@@ -173,10 +173,11 @@ def export(task: Task, model: Path, out: Path) -> list[Stage]:
     return [*merged, Stage(name="export", words=tuple(words))]
 
 
-def end(task: Task, chosen: Path) -> list[Stage]:
-    """List the stages after the choice."""
+def end(task: Task, chosen: Path, *, held_out: bool) -> list[Stage]:
+    """List the stages after the choice, which held-out images made if there are any."""
     # the report last, so that its warnings are seen
-    return [*export(task, chosen, task.model), report(task, chosen)]
+    named = task.choice if held_out else chosen
+    return [*export(task, chosen, task.model), report(task, named)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,12 @@ from rft.storage.documents import Count, Sha256, document
 
 NAME = "made-from.json"
 MADE = ("shards", "runs", "choice.json", "model", "report")  # the stages' outputs in OUT
-SETS = {"train": "to train on", "test": "to test with", "val": "to validate with"}
+# files, because photos that are left out count too
+SETS = {
+    "train": "files to train on",
+    "test": "files to test with",
+    "val": "files to validate with",
+}
 
 
 @document
@@ -86,8 +91,10 @@ def agree(out: Path, now: MadeFrom) -> None:
         one for one in now.sets if one in packed and before.sets.get(one) != now.sets[one]
     ]:
         old, new = (one.sets[name].photos if name in one.sets else 0 for one in (before, now))
-        number = f"{old:,} -> {new:,}" if old != new else f"{new:,} as before, but other files"
-        changes.append(f"{number} {SETS[name]}")
+        if old != new:
+            changes.append(f"{old:,} -> {new:,} {SETS[name]}")
+        else:
+            changes.append(f"{new:,} {SETS[name]} as before, but different ones")
     if changes:
         made = ", ".join(str(out / name) for name in MADE if (out / name).exists())
         raise ValueError(

@@ -14,6 +14,8 @@ BASELINE = "zero-shot"
 # models predict nearly all classes, and one that collapsed to the most frequent class predicts one.
 PREDICTED_SHARE = 0.5
 NAMED = 5  # photos that an alarm names
+# test set -> files of its photos that are also in training, with equal labels and with others
+Photos = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
 
 def of_report(
@@ -21,7 +23,7 @@ def of_report(
     rows: Sequence[Row],
     measures: Measures,
     chosen: Row | None = None,
-    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    photos: Photos = MappingProxyType({}),
 ) -> list[str]:
     """Collect the alarms of a report's runs and rows, as sentences.
 
@@ -30,10 +32,11 @@ def of_report(
         rows: the rows that are shown.
         measures: their numbers.
         chosen: the row of the exported model.
-        photos: test set -> the files of its photos that were trained on, if they are known.
+        photos: files of the photos that were trained on, if they are known.
     """
     return [
         *_seen(runs, photos),
+        *_unchecked(runs),
         *_behind(rows, measures, chosen),
         *_lost(rows, measures, chosen),
         *_collapsed(rows, measures),
@@ -52,23 +55,46 @@ def better(rows: Sequence[Row], measures: Measures, chosen: Row) -> list[tuple[R
     return sorted(found, key=lambda one: -one[1].value)
 
 
-def _seen(runs: Sequence[Run], photos: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _seen(runs: Sequence[Run], photos: Photos) -> Iterator[str]:
     """Find test sets with images that a model was trained on, as its evaluation recorded."""
-    found: dict[tuple[str, int, int], dict[str, None]] = {}
+    found: dict[tuple[str, bool, int, int], dict[str, None]] = {}
     for run in runs:
         for name, count in run.counts.items():
-            if count.seen:
-                found.setdefault((name, count.seen, count.total), {})[run.row] = None
-    for (name, seen, total), rows in found.items():
-        paths = photos.get(name, ())
+            other = count.seen_other_label
+            for is_other, seen in ((False, (count.seen or 0) - other), (True, other)):
+                if seen:
+                    found.setdefault((name, is_other, seen, count.total), {})[run.row] = None
+    for (name, is_other, seen, total), rows in found.items():
+        paths = photos.get(name, ((), ()))[is_other]
         files = ""
         if len(paths) == seen:  # otherwise the sets have changed since the evaluation
             more = ", ..." if len(paths) > NAMED else ""
             files = f" ({', '.join(map(printable, paths[:NAMED]))}{more})"
+        was, them = ("was", "it") if seen == 1 else ("were", "them")
+        points = f"{100 * seen / total:.3g}"
+        how, remedy = "", f"too high. Remove {them}"
+        if is_other:
+            how = " under a different label"
+            remedy = f"too low, because one label of each is wrong. Correct or remove {them}"
         yield (
-            f"{seen:,} of the {total:,} images of {printable(heading(name))}{files} "
-            f"{'was' if seen == 1 else 'were'} in the training set of {', '.join(rows)}: this "
-            f"accuracy is too high. Remove {'it' if seen == 1 else 'them'} and pack again."
+            f"{seen:,} of the {total:,} images of {printable(heading(name))}{files} {was} in the "
+            f"training set of {', '.join(rows)}{how}: this accuracy is up to {points} points "
+            f"{remedy}, then run again with a new --out."
+        )
+
+
+def _unchecked(runs: Sequence[Run]) -> Iterator[str]:
+    """Find test sets that could not be compared with a model's training set."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            if count.seen is None:
+                found.setdefault(name, {})[run.row] = None
+    for name, rows in found.items():
+        yield (
+            f"It was not checked whether images of {printable(heading(name))} were in the training "
+            f"set of {', '.join(rows)}, which was not available. Evaluate again with the training "
+            "set below --data."
         )
 
 
@@ -83,7 +109,8 @@ def _behind(rows: Sequence[Row], measures: Measures, chosen: Row | None) -> Iter
         )
         yield (
             f"The exported model, {chosen.name}, is significantly worse than others on "
-            f"{heading(target(rows))}: {others}. Export one of them instead."
+            f"{heading(target(rows))}: {others}. Export one of them instead, which is then a "
+            "choice on test images."
         )
 
 

@@ -34,7 +34,8 @@ class Arguments:
     data: str = ""
     """Data root as for rft.evaluate, to show the images that were gained and lost."""
     chosen: Path | None = None
-    """The run folder to export, chosen without test images (`rft choose`); it is listed first. An
+    """The exported model: a run folder, or the choice.json of `rft choose --save`. Only for the
+    latter the page states that no test image chose it. It is first in "Classes and mistakes". An
     alarm names the models that are significantly better."""
     max_pixels: Megapixels = MAX_PIXELS
     """Limit of such an image, in millions of pixels; raise it if a set was packed with a higher

@@ -31,16 +31,18 @@ from rft.report import (
     tables,
 )
 from rft.report import comparison as beside
+from rft.report.alarms import Photos
 from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.mistakes import Pictures, RowMistakes
 from rft.report.read import TRANSDUCTIVE, Run, load_runs, shown_settings
-from rft.report.summary import Summary, is_default, summarise
+from rft.report.summary import Summary, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.templates import data_url, environment
 from rft.report.testbed import read_line
 from rft.report.thumbnails import read_thumbnails
+from rft.runs import choice
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
 from rft.shards import photo_names
@@ -89,11 +91,13 @@ class Report:
     gallery_run: Run | None
     chosen: Row | None = None
     """Row of the exported model."""
+    by_held_out: bool = False
+    """Whether held-out images chose it."""
 
     @property
     def mark(self) -> str:
         """Word beside the name of the exported model."""
-        return "exported" if is_default(self.runs) else "chosen"
+        return "chosen" if self.by_held_out else "exported"
 
     @property
     def hidden(self) -> int:
@@ -125,8 +129,8 @@ def write_report(
     """Read run folders and write the report's files to the folder `out`.
 
     Files of an earlier report there are replaced or removed. With a data root, the page shows
-    images that were gained and lost, each of at most `max_pixels` million pixels. `chosen` is the
-    run folder of the exported model, which was chosen without test images.
+    images that were gained and lost, each of at most `max_pixels` million pixels. For `chosen` see
+    `compose`.
 
     Raises:
         ValueError: if the runs cannot be compared in one table, a file is malformed, or a set below
@@ -150,14 +154,17 @@ def write_report(
     return report
 
 
-def seen_photos(runs: Sequence[Run], data: str) -> dict[str, list[str]]:
+def seen_photos(runs: Sequence[Run], data: str) -> Photos:
     """Name the photos of each test set that are in a training set too, by their files."""
-    found = {}
+    found: dict[str, tuple[list[str], list[str]]] = {}
     trained_on = sorted({run.config.train_set for run in runs} - {""})
     for name in dict.fromkeys(name for run in runs for name in run.counts if run.counts[name].seen):
         if paths := photo_names.read(files.join(data, name)):
-            keys = shared_keys(data, trained_on, name)
-            found[name] = sorted(paths[key] for key in keys if key in paths)
+            same, other = shared_keys(data, trained_on, name)
+            found[name] = (
+                sorted(paths[key] for key in same if key in paths),
+                sorted(paths[key] for key in other if key in paths),
+            )
     return found
 
 
@@ -192,15 +199,19 @@ def compose(
     *,
     draw: bool = True,
     chosen: Path | None = None,
-    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    photos: Photos = MappingProxyType({}),
 ) -> Report:
     """Make tables, statistics and, if `draw`, pictures of runs.
 
+    `chosen` is the run folder of the exported model, or the record of a choice by held-out images
+    (`rft choose --save`).
+
     Raises:
-        ValueError: if a file of predictions or a gallery is malformed, or `chosen` is not one of
-            the runs.
+        ValueError: if a file of predictions or a gallery is malformed, or `chosen` does not name
+            one of the runs.
     """
     rows = tables.result_rows(runs, line)
+    by_held_out = chosen is not None and chosen.is_file()
     chosen_row = None if chosen is None else _row_of(chosen, runs, rows)
     names = tables.shown_recipes(row.recipe for row in rows)
     shown = [row for row in rows if row.recipe in names]
@@ -222,23 +233,36 @@ def compose(
         rows=rows,
         shown=shown,
         measures=measured,
-        summary=summarise(runs, rows, shown, measured, chosen_row, photos),
+        summary=summarise(runs, rows, shown, measured, chosen_row, photos, by_held_out=by_held_out),
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
         frames=frames,
         gallery_run=example,
         chosen=chosen_row,
+        by_held_out=by_held_out,
     )
 
 
-def _row_of(path: Path, runs: Sequence[Run], rows: Sequence[Row]) -> Row:
-    """Find the row of a run folder; raises ValueError if it is not one of the runs."""
-    names = {run.row for run in runs if Path(run.path).resolve() == path.resolve()}
-    for row in rows:
-        if row.name in names:
-            return row
-    raise ValueError(f"--chosen {path} is not among the runs of the report")
+def _row_of(chosen: Path, runs: Sequence[Run], rows: Sequence[Row]) -> Row:
+    """Find the row of a run folder, or of the run that a choice names.
+
+    Raises:
+        ValueError: if it is not one of the runs, or no longer has the weights that were chosen.
+    """
+    path, which = chosen, ""
+    made = choice.read(chosen) if chosen.is_file() else None
+    if made is not None:
+        path, which = Path(made.chosen), f" names {made.chosen}, which"
+    run = next((one for one in runs if Path(one.path).resolve() == path.resolve()), None)
+    if run is None:
+        raise ValueError(f"--chosen {chosen}{which} is not among the runs of the report")
+    weights = run.results.checkpoint_sha256
+    if made and weights not in [one.sha256 for one in made.candidates if one.path == made.chosen]:
+        raise ValueError(
+            f"--chosen {chosen} was made with different weights of {path}; rerun rft choose"
+        )
+    return next(row for row in rows if row.name == run.row)
 
 
 def _pictures(
@@ -321,6 +345,7 @@ def render(
     made.filters |= {"brief": mistakes.brief, "settings": shown_settings, "heading": heading}
     shown, measured, reference = report.shown, report.measures, report.reference
     targets = details.targets(shown)
+    grids = _named(targets, lambda name: details.statistics_grid(shown, measured, name))
     return made.get_template("page.html").render(
         report=report,
         columns=tables.columns(shown),
@@ -337,7 +362,8 @@ def render(
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
         averages=any(map(is_average, targets)),
-        grids=_named(targets, lambda name: details.statistics_grid(shown, measured, name)),
+        grids=grids,
+        scaled=any("scaled" in title for _, made in grids for title in made.header),
         matrices=_named(targets, lambda name: details.matrix(shown, measured, name)),
         flips=details.flips_grid(shown, measured, reference),
         changes=class_changes(report, targets),

@@ -1,6 +1,6 @@
 """The sentences at the top of a report: what was compared, conclusions and warnings. Pure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -42,16 +42,22 @@ def summarise(
     shown: Sequence[Row],
     measures: Measures,
     chosen: Row | None = None,
-    photos: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    photos: alarms.Photos = MappingProxyType({}),
+    *,
+    by_held_out: bool = False,
 ) -> Summary:
     """Write the sentences; `shown` has one row per WiSE family.
 
-    `chosen` is the row of the exported model, if there is one; for `photos` see `alarms.of_report`.
+    `chosen` is the row of the exported model, if there is one, and `by_held_out` whether held-out
+    images chose it; for `photos` see `alarms.of_report`.
     """
     found = alarms.of_report(runs, shown, measures, chosen, photos)
     return Summary(
         _compared(runs, rows),
-        [*_choice(runs, chosen, shown, measures), *_conclusions(shown, measures)],
+        [
+            *_choice(chosen, shown, measures, by_held_out=by_held_out),
+            *_conclusions(shown, measures),
+        ],
         [*found, *_warnings(runs, rows, measures)],
         found,
     )
@@ -85,14 +91,8 @@ def _plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def is_default(runs: Sequence[Run]) -> bool:
-    """Whether no training held images out, so that none of the models can have been chosen."""
-    held_out = [run.config.loader.held_out for run in runs if run.config.loader]
-    return bool(held_out) and not any(held_out)
-
-
 def _choice(
-    runs: Sequence[Run], chosen: Row | None, rows: Sequence[Row], measures: Measures
+    chosen: Row | None, rows: Sequence[Row], measures: Measures, *, by_held_out: bool
 ) -> Iterator[str]:
     """State the accuracy of the exported model, and its difference to the untrained one."""
     column = target(rows)
@@ -100,10 +100,11 @@ def _choice(
         return
     found = details.interval(measures, chosen.name, column)
     images = "" if found is None else f" (95% interval {details.interval_percent(found)})"
-    how = "Chosen without any test image"
-    if is_default(runs):
-        how = "Exported by default (no held-out images to choose by)"
-    yield f"{how}: {chosen.name}, {chosen.cells[column].text()}%{images} on {heading(column)}."
+    accuracy = f"{chosen.name}, {chosen.cells[column].text()}%{images} on {heading(column)}"
+    if by_held_out:
+        yield f"Chosen without any test image: {accuracy}."
+    else:
+        yield f"Exported: {accuracy} (named with --chosen)."
     for row in rows:
         if row.recipe == tables.UNTRAINED and row != chosen and column in row.cells:
             yield f"{chosen.name}: {_against(chosen, row, '', column, measures)}"

@@ -84,7 +84,7 @@ def require_weights(weights: Path) -> None:
         if config is not None and config.merged_from is not None:
             raise ValueError(
                 f"{folder} is an average without weights, made by rft.evaluate --wise or --soup; "
-                f"write them: {_merge_command(folder, config)}"
+                f"write them: {shlex.join(['python', *merge_words(folder, config)])}"
             )
         # the folder above a run, or the --out of rft photos
         found = [*folder.glob(f"*/{SELECTED}"), *folder.glob(f"runs/*/{SELECTED}")]
@@ -96,8 +96,8 @@ def require_weights(weights: Path) -> None:
     files.require_file(weights, "checkpoint")
 
 
-def _merge_command(folder: Path, config: RunConfig) -> str:
-    """Rebuild the command line of a merge from its configuration."""
+def merge_words(folder: Path, config: RunConfig) -> list[str]:
+    """Rebuild the words after `python` of a merge from its configuration."""
     models = [model.path for model in config.merged_from or ()]
     if config.alpha is not None:
         words = ["wise", *models, "--alpha", str(config.alpha)]
@@ -110,7 +110,7 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
         words = [config.recipe, *models]
         if config.soup is not None:
             words += ["--data", config.data or "DATA"]
-    return shlex.join(["python", "-m", "rft.merge", *words, "--out", str(folder)])
+    return ["-m", "rft.merge", *words, "--out", str(folder)]
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ Other files are named elsewhere:
 - checkpoints to resume from, `checkpoints/step-N.pt` and `step-N.json`, and the suffix `.damaged`
   of unreadable ones (rft/train/checkpoint.py)
 - traces (rft/train/profile.py)
-- files of a cluster job, `job-N.log`, `code/`, `stop-N` and `resubmit.sh` (launch/job.sh)
+- files of a cluster job, `job-N.log`, `code/`, `stop-N` and `resubmit-N.sh` (launch/job.sh)
 - `.NAME.ID.tmp`, while a file is being written (rft/storage/files.py)
 """
 
 from pathlib import Path
 
-CONFIG = "config.json"  # the options, before anything else; makes a folder a run folder
+CONFIG = "config.json"  # the options, before the first step; makes a folder a run folder
 PROVENANCE = "provenance.json"  # code and command; written last by a merge or an import
 METRICS = "metrics.jsonl"  # while the run trains
 PROGRESS = "progress.json"  # after each checkpoint, for monitoring; resuming does not read it

@@ -100,8 +100,11 @@ class SetCount:
     """Temperature of the scaled columns of the predictions, if one was fitted."""
     no_temperature: Text = ""
     """Why no temperature was fitted although --temperature was given."""
-    seen: Count = 0
-    """Images of the set that the model was trained on, as far as is known."""
+    seen: Count | None = 0
+    """Images of the set that the model was trained on; None if its training set was not available.
+    Older versions wrote 0 then."""
+    seen_other_label: Count = 0
+    """Of these, the images that its training sets have only under other labels."""
     score: Score = "top1"
     """The set's own score, as its manifest declares it."""
     ood: bool = False
@@ -114,6 +117,8 @@ class SetCount:
     def __post_init__(self) -> None:
         if self.correct > self.total:
             raise ValueError(f"{self.correct} are correct of {self.total}; it must not be more")
+        if self.seen_other_label > (self.seen or 0):
+            raise ValueError(f"seen_other_label is {self.seen_other_label}, seen is {self.seen}")
         if (self.value is None) != (self.score == "top1"):
             raise ValueError(f"value is {self.value}, and score is {self.score!r}")
 

@@ -31,6 +31,11 @@ class TrainedOn(NamedTuple):
     shots: Count = 0
     """Training images per class; 0 is all images that were not held out."""
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Name and manifest's hash, by which the set is found."""
+        return self.name, self.manifest_sha256
+
 
 def as_lists(seen: Iterable[TrainedOn]) -> list[list[str | int]]:
     """List sets for a JSON document; 0 shots are left out, so that older versions can read it."""

@@ -10,11 +10,13 @@ it, so an evaluation counts the images that its models have seen (`seen_images`)
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
+from rft.classes import mismatch
 from rft.sets import ID_SET, TEST_SETS, TRAIN_SET
 from rft.shards.folder import MANIFEST
 from rft.shards.index import Index
@@ -27,7 +29,18 @@ OFFICIAL_COPIES = 1000  # up to one image in so many of ImageNet's training set 
 
 EVALUATED = "those of the evaluated sets"
 
+Located = tuple[str, Manifest]
+"""A packed set: its URL and manifest."""
+
 log = logging.getLogger(__name__)
+
+
+class Seen(NamedTuple):
+    """Counts of a test set's images that a model was trained on."""
+
+    images: int = 0
+    other_label: int = 0
+    """Of these, the images that the training sets have only under other labels."""
 
 
 def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.ndarray) -> None:
@@ -86,18 +99,38 @@ def is_test_set(manifest: Manifest) -> bool:
     return manifest.is_ood or manifest.dataset == ID_SET
 
 
+def find_set(roots: Iterable[str], name: str, sha256: str) -> Located | None:
+    """Find the packed set with a name and a manifest's hash below one of some data roots.
+
+    A set with a damaged manifest cannot be compared; a warning names it.
+    """
+    for root in roots:
+        url = files.join(root, name)
+        try:
+            if files.exists(files.join(url, MANIFEST)):
+                manifest = Manifest.load(url)
+                if manifest.sha256 == sha256:
+                    return url, manifest
+        except ValueError as error:
+            _warn(url, f"its images with {EVALUATED}", str(error))
+    return None
+
+
 def seen_images(
     root: str,
-    trained_on: Collection[tuple[str, str]],
+    trained_on: Mapping[tuple[str, str], Located | None],
     tests: Mapping[str, Manifest],
     parts: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> dict[str, int]:
-    """Count the images of each set below a data root that a model was trained on, if any.
+) -> dict[str, Seen | None]:
+    """Count the images of each set below a data root that a model was trained on.
+
+    The count is None if it is unknown, because a training set was not found or has no hashes.
+    ImageNet's own sets are known to share no images.
 
     Args:
-        root: the data root.
-        trained_on: name and manifest's hash of each packed set that the model has seen. Held-out
-            images count as seen, because they selected the weights.
+        root: the data root of the test sets.
+        trained_on: name and manifest's hash of each packed set that the model has seen -> the set,
+            if it was found. Held-out images count as seen, because they selected the weights.
         tests: name of each set -> its manifest.
         parts: manifest's hash of a set that it has only partly seen -> numbers of the samples that
             it has seen, held-out ones included.
@@ -105,54 +138,97 @@ def seen_images(
     Sets with damaged files cannot be compared; a warning names them.
     """
     hashes = {sha256 for _, sha256 in trained_on}
-    whole = {
-        name: len(parts[one.sha256]) if one.sha256 in parts else one.samples
-        for name, one in tests.items()
-        if one.sha256 in hashes
-    }
+    counts: dict[str, Seen | None] = {}
     sources: dict[str, np.ndarray | None] = {}
-    seen: dict[str, np.ndarray] = {}
-    for name, sha256 in trained_on:
-        url = files.join(root, name)
-        try:
-            if not files.exists(files.join(url, MANIFEST)):
-                continue
-            manifest = Manifest.load(url)
-            # sets of older versions have no hashes; the training run has warned of that
-            if manifest.sha256 != sha256 or manifest.samples_sha256 is None:
-                continue
-        except ValueError as error:
-            _warn(url, f"its images with {EVALUATED}", str(error))
+
+    def source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:
+        if url not in sources:
+            sources[url] = _source(url, manifest, others)
+        return sources[url]
+
+    for test, its in tests.items():
+        if its.sha256 in hashes:
+            part = parts.get(its.sha256)
+            counts[test] = Seen(its.samples if part is None else len(part))
             continue
-        if (source_N := _source(url, manifest, EVALUATED)) is None:
-            continue
-        source_N = source_N[parts.get(sha256, slice(None))]
-        for test, its in tests.items():
-            if test in whole or its.samples_sha256 is None:
+        (seen_M, same_M), known = np.zeros((2, its.samples), bool), True
+        for (name, sha256), found in trained_on.items():
+            hashed = found is not None and found[1].samples_sha256 and its.samples_sha256
+            if not hashed and name == TRAIN_SET and its.dataset in TEST_SETS:
                 continue
-            if test not in sources:
-                sources[test] = _source(files.join(root, test), its, f"those of {name}")
-            if (theirs_M := sources[test]) is None:
+            source_N = None if found is None else source(*found, EVALUATED)
+            theirs_M, url = None, files.join(root, test)
+            if source_N is not None:
+                theirs_M = source(url, its, f"those of {name}")
+            if found is None or source_N is None or theirs_M is None:
+                known = False
                 continue
-            found_M = np.isin(theirs_M, source_N)
-            seen[test] = seen.get(test, False) | found_M
-    counts = {name: int(np.count_nonzero(found_M)) for name, found_M in seen.items()}
-    return whole | {name: count for name, count in counts.items() if count}
+            part = parts.get(sha256, slice(None))
+            found_M, equal_M = _shared(theirs_M, source_N[part], (found, (url, its)), part)
+            seen_M, same_M = seen_M | found_M, same_M | equal_M
+        count = Seen(int(seen_M.sum()), int((seen_M & ~same_M).sum()))
+        counts[test] = count if known or count.images else None
+    return counts
 
 
-def shared_keys(root: str, training: Collection[str], test: str) -> list[str]:
-    """List the keys of a test set's images that are also in training sets below the data root."""
+def shared_keys(root: str, training: Collection[str], test: str) -> tuple[list[str], list[str]]:
+    """List the keys of a test set's images that are also in training sets below the data root.
+
+    Returns:
+        Those of images with equal labels, and those that training has only under other labels.
+    """
     url = files.join(root, test)
     manifest = Manifest.load(url)
-    index = Index.load(url, manifest)
-    theirs_M, shared_M = _source(url, manifest, "those of training sets"), []
+    theirs_M = _source(url, manifest, "those of training sets")
+    found_M, same_M = np.zeros((2, manifest.samples), bool)
     for name in training:
-        if theirs_M is not None and files.exists(files.join(root, name, MANIFEST)):
-            other = files.join(root, name)
-            source_N = _source(other, Manifest.load(other), f"those of {test}")
-            shared_M += [] if source_N is None else [np.isin(theirs_M, source_N)]
-    rows = np.flatnonzero(np.any(shared_M, axis=0)) if shared_M else []
-    return [index.key[row].decode("ascii") for row in rows]
+        other = files.join(root, name)
+        if theirs_M is None or not files.exists(files.join(other, MANIFEST)):
+            continue
+        its = Manifest.load(other)
+        if (source_N := _source(other, its, f"those of {test}")) is None:
+            continue
+        shared = _shared(theirs_M, source_N, ((other, its), (url, manifest)))
+        found_M, same_M = found_M | shared[0], same_M | shared[1]
+    key_M = Index.load(url, manifest).key if found_M.any() else np.array([], np.bytes_)
+
+    def keys(rows_M: np.ndarray) -> list[str]:
+        return [key_M[row].decode("ascii") for row in np.flatnonzero(rows_M)]
+
+    return keys(found_M & same_M), keys(found_M & ~same_M)
+
+
+def _shared(
+    theirs_M: np.ndarray,
+    source_N: np.ndarray,
+    sets: tuple[tuple[str, Manifest], tuple[str, Manifest]],
+    part: np.ndarray | slice = slice(None),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the test images that are also training images, and those with the same label, (M,).
+
+    Args:
+        theirs_M: hashes of the test images.
+        source_N: hashes of the training images.
+        sets: URL and manifest of the training and of the test set. If their labels cannot be
+            compared, all count as the same; a warning names a damaged file.
+        part: the samples of the training set that `source_N` is of.
+    """
+    found_M = np.isin(theirs_M, source_N)
+    (url, manifest), (test_url, its) = sets
+    if not found_M.any() or mismatch(manifest.label_space, its.label_space) is not None:
+        return found_M, found_M
+    try:
+        label_N, label_M = Index.load(url, manifest).label[part], Index.load(test_url, its).label
+    except ValueError as error:
+        _warn(url, f"its labels with those of {test_url}", str(error))
+        return found_M, found_M
+    # classes of one group count as the same; those outside all groups are -1
+    groups = its.class_to_group()
+    group_N, group_M = groups[label_N], groups[label_M]
+    # numbers the distinct images, so that a pair of image and label is one number
+    _, number = np.unique(np.concatenate([source_N, theirs_M]), return_inverse=True)
+    pair = number * (groups.max() + 2) + np.concatenate([group_N, group_M])
+    return found_M, np.isin(pair[len(source_N) :], pair[: len(source_N)])
 
 
 def _source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:

@@ -153,8 +153,8 @@ class Manifest:
         return table
 
     @staticmethod
-    def load(url: str) -> "Manifest":
-        """Read `url/manifest.json`.
+    def load(url: str, *, as_path: bool = False) -> "Manifest":
+        """Read `url/manifest.json`; with `as_path`, an error names other sets by their paths.
 
         Raises:
             ValueError: if it is absent (packing has not finished), damaged, of a different schema,
@@ -167,7 +167,7 @@ class Manifest:
             # `read_bytes` raises ValueError for every fault; only its cause reveals an absent file
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            hint = why_missing(url)
+            hint = why_missing(url, as_path=as_path)
             raise ValueError(
                 f"no packed dataset at {url}: manifest.json is missing{hint and f'; {hint}'}"
             ) from error

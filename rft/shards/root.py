@@ -11,6 +11,7 @@ from rft.storage.urls import set_name
 
 LOOKED_AT = 50  # folders of a root; each costs a request on a remote store
 SHOWN = 12  # sets in a message
+UNFINISHED = "packing has not finished; rerun the same command"
 CHOOSE = (
     "name one with --train-set NAME (training), --sets NAME (evaluation) or --set NAME (others), "
     "or check --data"
@@ -42,20 +43,35 @@ def packed_sets(root: str, most: int | None = LOOKED_AT) -> list[str]:
     return [name for name in folders if files.exists(files.join(root, name, MANIFEST))]
 
 
-def why_missing(url: str) -> str:
-    """Guess from the files around a URL why it has no manifest, as a hint; empty if unknown."""
+def why_missing(url: str, *, as_path: bool = False) -> str:
+    """Guess from the files around a URL why it has no manifest, as a hint; empty if unknown.
+
+    With `as_path`, sets are named by their paths, for a command without --data.
+    """
     if url.startswith(("http://", "https://")):
         return ""  # web servers have no listing
     with contextlib.suppress(OSError, ValueError):
-        return _hint(url)
+        return _path_hint(url) if as_path else _hint(url)
     return ""
+
+
+def _path_hint(url: str) -> str:
+    root, _, name = url.rstrip("/").rpartition("/")
+    if PLAN in files.names(url):
+        return UNFINISHED
+    found = packed_sets(root or ".")
+    if not found:
+        return f"no folder of {root or '.'} is a packed set; name the folder of one"
+    close = get_close_matches(name, found, n=1)
+    which = f"did you mean {files.join(root, *close)}?" if close else "name one of them"
+    return f"the packed sets there are {_listed([files.join(root, one) for one in found])}; {which}"
 
 
 def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
     # the plan is written first and the manifest last
     if PLAN in files.names(url):
-        return "packing has not finished; rerun the same command"
+        return UNFINISHED
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else CHOOSE

@@ -18,7 +18,10 @@ from typing import IO, NamedTuple
 
 BLOCK = 512  # bytes; headers and payloads are padded to full blocks
 END = 2 * BLOCK  # zeros that end an archive
-ZEROS = 2**26  # at the end of an archive; most writers pad to 10 KiB, few to more
+# Writers pad an archive to records of 10 KiB, or of a power of two (--blocking-factor), rarely
+# above 1 MiB. More zeros are left by a download or writer that allocated the file first.
+RECORD = 10_240
+RECORDS = [2**n for n in range(14, 21)]
 DESCRIPTION_BYTES = 2**20  # of names and attributes before a member
 NAME_LETTERS = 4096  # Linux's limit of a path
 MEMBERS = 1_000_000  # of one tar: all of them are kept in memory
@@ -37,6 +40,12 @@ OTHER_KINDS = {
     b"\x04\x22\x4d\x18": "compressed by lz4; unpack it with unlz4",
     b"PK\x03\x04": "a zip archive; unpack it and pack the files with tar",
 }
+
+AGAIN = "download or write it again"
+
+
+class IncompleteError(ValueError):
+    """A tar that was not written or copied completely."""
 
 
 # reads a number of bytes from a position in a tar, fewer at its end
@@ -85,9 +94,9 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
         if size < 0:
             raise ValueError(f"{name}: the member at byte {position:,} has {size:,} bytes")
         if stop > total:
-            raise ValueError(
+            raise IncompleteError(
                 f"{name} is cut off at byte {total:,}: the member at byte {position:,} has "
-                f"{size:,} bytes"
+                f"{size:,} bytes; {AGAIN}"
             )
         if describes:
             # if several headers set a field, the first wins, as in tarfile
@@ -108,7 +117,7 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
         elif not entry.isdir():
             raise ValueError(f"{name}: {member.name!r} is neither a file nor a folder")
         position, said = stop, {}
-    _require_end(read, position, name)
+    _require_end(read, position, total, name)
 
 
 def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None:
@@ -128,7 +137,7 @@ def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None
                 f"{name} is not a complete tar: {error} after byte {position:,}"
             ) from error
         raise ValueError(
-            f"{name}: damaged header or foreign bytes after byte {position:,}"
+            f"{name}: damaged header or foreign bytes after byte {position:,}; {AGAIN}"
         ) from error
 
 
@@ -171,14 +180,19 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
     return records
 
 
-def _require_end(read: Read, end: int, name: str) -> None:
-    """Check that only zeros, and enough of them, follow the last member."""
-    zeros = 0
-    while rest := read(end + zeros, 1 << 20):
-        if rest.strip(b"\0"):
-            raise ValueError(f"{name}: damaged header or foreign bytes after byte {end:,}")
-        zeros += len(rest)
-        if zeros > ZEROS:
-            raise ValueError(f"{name}: more than {ZEROS:,} zeros after byte {end:,}")
-    if zeros < END:
-        raise ValueError(f"{name} is cut off at byte {end + zeros:,}: a tar ends with {END} zeros")
+def _require_end(read: Read, end: int, total: int, name: str) -> None:
+    """Check that only zeros, and neither too few nor too many, follow the last member."""
+    # not all of them: a sparse file may have terabytes
+    if read(end, END + RECORDS[-1]).strip(b"\0"):
+        raise ValueError(f"{name}: damaged header or foreign bytes after byte {end:,}; {AGAIN}")
+    padding = total - end - END
+    if padding < 0:
+        raise IncompleteError(
+            f"{name} is cut off at byte {total:,}: a tar ends with {END} zeros; {AGAIN}"
+        )
+    records = [RECORD, *(size for size in RECORDS if total % size == 0)]
+    if padding >= max(records):
+        raise IncompleteError(
+            f"{name} ends at byte {end:,} of {total:,}, with zeros after it: it was not written "
+            f"completely; {AGAIN}"
+        )

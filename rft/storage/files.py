@@ -31,6 +31,7 @@ from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
 import rft
+from rft import commands
 from rft.storage import documents, local, remote, urls
 
 T = TypeVar("T")
@@ -489,7 +490,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": commands.typed(sys.argv),
     }
 
 

@@ -201,7 +201,10 @@ def check_shard_name(name: str, folder: str) -> None:
         check_relative(name)
         check(f"{folder}/{name}")
     elif check(name) == "file" and check(folder) != "file":
-        raise ValueError(f"{name!a} is a local file, but the manifest is remote")
+        raise ValueError(
+            f"{name!a} is a local file, but the manifest is remote: name the shards by URL, or "
+            "choose their own folder as --out"
+        )
 
 
 def refuse_credentials(word: str) -> None:

@@ -55,6 +55,8 @@ class Journal:
         if not writes:
             return
         self._folder = Path(config.run)
+        # before any file changes, because it may refuse
+        self._wandb = Wandb(config, done) if config.log.wandb else None
         path, last = self._folder / filenames.METRICS, None
         self._time = 0.0
         # a killed run may have logged beyond its last checkpoint, and left half a line
@@ -69,7 +71,6 @@ class Journal:
         if done == 0:
             # remove the curves of a run that never reached a checkpoint
             shutil.rmtree(self._folder / filenames.TENSORBOARD, ignore_errors=True)
-        self._wandb = Wandb(config, done) if config.log.wandb else None
         # O_NOFOLLOW: appending would write through a link that replaced the file meanwhile
         descriptor = local.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._stream = os.fdopen(descriptor, "a")
@@ -78,9 +79,8 @@ class Journal:
         self._writer = SummaryWriter(str(self._folder / filenames.TENSORBOARD), purge_step=done + 1)
         # held open, so that a replacing folder cannot get the same inode number
         self._held = os.open(self._folder, os.O_RDONLY)
-        # benchmarks train without a config.json
-        sign = self._folder / filenames.CONFIG
-        self._sign = sign if sign.exists() else self._folder
+        # training writes it before the first step
+        self._sign = self._folder / filenames.CONFIG
         self._display = Display(config, done, total, last)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

@@ -75,6 +75,8 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         checkpoint.Writer(store) as writer,
         profiling(traces, progress.step, job.total_steps) as end_profiled_step,
     ):
+        # not earlier: checkpoint, kernels and logs may have refused to resume
+        dist.on_main(world, folder.write_records)
         for step in steps:
             # all ranks stop after the same step; a rank that does not arrive is noticed here
             if stops(world, request, writer):

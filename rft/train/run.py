@@ -67,8 +67,6 @@ class RunFolder:
             check_identity(self._config)
             # under the lock, because it would delete files that another job is still writing
             files.sweep(str(self.path))
-            files.write_json(str(self.path / filenames.CONFIG), self._config.to_dict())
-            files.write_json(str(self.path / filenames.PROVENANCE), files.provenance())
 
         try:
             dist.on_main(world, take)
@@ -99,6 +97,14 @@ class RunFolder:
                 "wait for it or stop it. If there is none, a lost machine left the lock: delete "
                 f"{self.path / filenames.LOCK} (docs/cluster.md#troubleshooting)"
             ) from error
+
+    def write_records(self) -> None:
+        """Write configuration and provenance; call it when nothing can refuse the run any more.
+
+        Before that, the folder may hold a run on other data, whose records must stay.
+        """
+        files.write_json(str(self.path / filenames.CONFIG), self._config.to_dict())
+        files.write_json(str(self.path / filenames.PROVENANCE), files.provenance())
 
     def note_progress(self, record: Record, total: int) -> None:
         """Record the progress of the run, after a checkpoint is safely written."""

@@ -105,6 +105,6 @@ def _contexts(
     if len(templates) < 2:
         raise ValueError(
             "--method.context-weight needs two or more prompt templates as contexts, but the "
-            "set's manifest has one: pack it with others (--classes)"
+            "set's manifest has one: pack or index the set again with more in --classes"
         )
     return context_features(tower, tokenize_prompts(clip, classes, templates)) * tower.scale

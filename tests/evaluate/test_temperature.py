@@ -105,6 +105,9 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
     evaluate(tiny_data, *runs, none, soup, wise)
     again = capsys.readouterr()
     assert "all results are current, nothing to do" in again.out
+    # and the accuracies, in the order of the command line
+    shown = [line.partition(":")[0] for line in again.out.splitlines() if f": {SET} " in line]
+    assert shown == [str(one) for one in (*runs, none, soup, wise)]
     assert [line for line in unstamped(again.err).splitlines() if "gets no" in line] == warnings
     assert (soup / "results.json").stat().st_mtime_ns == before
     seeds = [recorded(run)["temperature"] for run in (*runs, none, soup, wise)]
@@ -164,16 +167,33 @@ def test_training_images_are_counted_and_warned_of(train, tiny_data, tmp_path, c
     assert "next: python -m rft.report" in printed.out
 
 
-def test_results_learn_of_training_images_without_another_evaluation(train, tiny_data, tmp_path):
+def moved(run: Path, data: str = "") -> None:
+    """Let a run name a different data root, or none, like one of a different machine."""
+    path = run / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": data}))
+
+
+def test_results_learn_of_training_images_without_another_evaluation(
+    train, tiny_data, tmp_path, capsys
+):
     """The training set was missing when the model was evaluated, or the results are older."""
     run, root = train("vanilla"), tmp_path / "data"
-    copy(tiny_data, root, "imagenet-train")
+    moved(run)
+    copy(tiny_data, root, "imagenet-train", SET)
     pack_as(tiny_data, "imagenet-train", root, "copy")
-    words = (run, "--data", root, "--sets", "copy", "--workers", 0, "--device", "cpu")
+    words = (run, "--data", root, "--sets", "copy", SET, "--workers", 0, "--device", "cpu")
     (root / "imagenet-train").rename(tmp_path / "away")
+    capsys.readouterr()
     call(evaluation, *words)
+    manifest = PackedDataset(f"{tiny_data}/imagenet-train").manifest.sha256
+    assert complaints(capsys.readouterr().err) == [
+        f"WARNING: training set imagenet-train (manifest {manifest[:12]}) is not below {root}: not "
+        f"checked whether {run} was trained on images of copy "
+        "(docs/data.md#no-training-on-test-images)"
+    ]
     before = json.loads((run / "results.json").read_text())
-    assert before["sets"]["copy"]["seen"] == 0
+    # ImageNet's own sets share no images
+    assert (before["sets"]["copy"]["seen"], before["sets"][SET]["seen"]) == (None, 0)
     (tmp_path / "away").rename(root / "imagenet-train")
     call(evaluation, *words)
     after = json.loads((run / "results.json").read_text())
@@ -184,6 +204,27 @@ def test_results_learn_of_training_images_without_another_evaluation(train, tiny
     (root / "imagenet-train").rename(tmp_path / "away")
     call(evaluation, *words)
     assert json.loads((run / "results.json").read_text())["sets"]["copy"]["seen"] == 76
+
+
+def test_a_training_set_below_the_runs_own_root_is_compared(train, tiny_data, tmp_path):
+    run, root = train("vanilla"), tmp_path / "data"
+    pack_as(tiny_data, "imagenet-train", root, "copy")
+    words = ("--data", root, "--sets", "copy", "--workers", 0, "--device", "cpu")
+    call(evaluation, run, *words)
+    assert json.loads((run / "results.json").read_text())["sets"]["copy"]["seen"] == 76
+    second = train("vanilla", "--seed", 1, "--split-seed", 0, name="second")
+    call(merging, "uniform-soup", run, second, "--out", tmp_path / "soup")
+    unwritten = ("--wise", run, second, 0.5, "--out", tmp_path / "unwritten")
+    for more in ((tmp_path / "soup",), unwritten):
+        call(evaluation, *more, *words)
+    for name in ("soup", "unwritten"):
+        (results,) = (tmp_path / name).rglob("results.json")
+        assert json.loads(results.read_text())["sets"]["copy"]["seen"] == 76
+    # a run folder may be third-party, so the server that it names is not contacted
+    away = train("vanilla", name="away")
+    moved(away, "http://127.0.0.1:1/data")
+    call(evaluation, away, *words)
+    assert json.loads((away / "results.json").read_text())["sets"]["copy"]["seen"] is None
 
 
 def test_one_reason_of_several_models_is_one_warning(train, tiny_data, capsys):

@@ -99,7 +99,7 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_da
     assert reached <= progress(run) < STEPS
     assert log_of(run).count("requeued: ") == 1
 
-    quiet.call(run / "resubmit.sh")
+    quiet.call(run / f"resubmit-{job}.sh")
     quiet.wait_until_idle("the end of the run")
     assert (run / "training.json").exists(), log_of(run)
     assert not list(run.glob("stop-*"))
@@ -131,7 +131,7 @@ def require_given_up(cluster: Cluster, project: Project, job: str) -> None:
     said = (project.folder / f"rft-train-{job}.log").read_text()
     assert "a batch of 61 is larger" in said
     assert "made no progress; not requeued" in said
-    assert f"{project.runs}/{RECIPE}-seed0/resubmit.sh repeats this job" in said
+    assert f"{project.runs}/{RECIPE}-seed0/resubmit-{job}.sh repeats this job" in said
     # the only node is not lost, so there is nothing to wait for
     assert "waiting in case" not in said
 
@@ -156,12 +156,12 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
     said = [(logs / f"job-{array}-{task}.log").read_text() for task in (0, 1)]
     reasons = [re.findall("requeued: (.*)", text) for text in said]
     assert reasons == [["failed after making progress"], ["stop requested"]], said
-    for run in (first, last):
+    for task, run in enumerate((first, last)):
         assert (run / "training.json").exists(), said
         require_each_step_once(run)
         # each task can be resubmitted alone
-        again = (run / "resubmit.sh").read_text()
-        assert f" launch/train.sbatch {run.name.removesuffix('-seed0')} --seed 0\n" in again
+        again = (run / f"resubmit-{array}_{task}.sh").read_text()
+        assert again.endswith(f' "$@" -- {run.name.removesuffix("-seed0")} --seed 0\n')
         assert (run / "code" / "rft").is_dir()
     require_given_up(quiet, project, broken)
 

@@ -177,6 +177,20 @@ def test_urls_that_hold_none(project):
         (("train", "vanilla", "--nodes=2"), "--nodes comes before the kind of job: launch/submit"),
         (("train", "vanilla", "--dry-run"), "--dry-run comes before the kind of job"),
         (("evaluate", "run", "--time", "1"), "--time comes before the kind of job"),
+        (("shard", "--array=0-1", "imagenet"), "--array comes before the kind of job"),
+        (("command", "--time=5", "python"), "--time comes before the kind of job"),
+        (("--array=0-2", "train", "vanilla"), "--array would run the same train several times"),
+        (("-a0-2", "evaluate", "run"), "--array would run the same evaluate several times"),
+        (("--array=1-2", "command", "python"), "--array would run the same command several"),
+        (("--array=1-2", "shard", "imagenet"), "--array of shard must be 0-N"),
+        (("--array=0,2", "shard", "ood"), "--array of shard must be 0-N"),
+        (("train", "zero-shot", "--seed", "0", "1"), "1 is neither an option nor the value of one"),
+        (("train", "vanilla", "more"), "more is neither an option nor the value of one"),
+        (
+            ("sweep", "vanilla"),
+            "a sweep takes no recipe, it trains nine; for one: launch/submit.sh",
+        ),
+        (("sweep", "--optim.lr=1", "2"), "2 is neither an option nor the value of one"),
         (("shard", "imagenet-r"), "choose what to pack: imagenet or ood"),
         (("sweep", "--seed", "1"), "a sweep sets the run folder and the seed of each task"),
         (("evaluate",), "name at least one run"),
@@ -203,6 +217,8 @@ def test_without_settings_they_say_how_to_make_them(project, script):
     ("setting", "says"),
     [
         ("TIME=", "TIME must be the time limit"),
+        ("TIME=30mins", "TIME must be the time limit"),
+        ("TIME=1-", "TIME must be the time limit"),
         ("unset TIME", "TIME must be the time limit"),
         ("GPUS_PER_NODE=two", "GPUS_PER_NODE must be a number"),
         ("CPUS_PER_NODE=08", "CPUS_PER_NODE must be a number of at least 1"),
@@ -234,6 +250,7 @@ def test_a_wrong_setting_is_named(project, setting, says):
 @pytest.mark.parametrize(
     "setting",
     [
+        *("TIME=30", "TIME=1:30", "TIME=24:00:00", "TIME=2-12", "TIME=2-12:30:00"),
         "GPUS_PER_NODE=a100:8",
         "DATA=s3://bucket/rft",
         "SBATCH_OPTIONS=(-p gpu --comment='two words' '--account=a b')",
@@ -242,6 +259,12 @@ def test_a_wrong_setting_is_named(project, setting, says):
 def test_a_right_setting_is_accepted(project, setting):
     project.write_settings(setting)
     dry(project, "train", "vanilla")
+
+
+def test_an_option_with_several_values_and_one_without(project):
+    project.write_settings()
+    words = ["--profile", "--optim.freeze", "visual.conv1*", "visual.proj", "--seed=1"]
+    assert dry(project, "train", "vanilla", *words)[-5:] == words
 
 
 def test_the_images_to_pack_are_named(project):
@@ -276,7 +299,8 @@ def test_a_job_that_sbatch_refuses_leaves_nothing(project, sbatch):
         "no such partition",
         f"error: sbatch failed, no job was submitted; {run} is unchanged",
     ]
-    assert not run.exists()
+    # with the folders above it
+    assert not project.runs.exists()
     # nor does it change a run that exists
     sbatch.write_text(accept)
     assert project.launch("submit.sh", "train", "vanilla").returncode == 0
@@ -286,34 +310,63 @@ def test_a_job_that_sbatch_refuses_leaves_nothing(project, sbatch):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.usefixtures("sbatch")
-def test_a_resubmission_with_other_options_is_kept_beside_the_new_one(project):
+def test_each_job_has_its_own_resubmission(project, sbatch):
+    """A later submission, even one that cannot work, leaves the running job's script as it was."""
     project.write_settings()
     run = project.runs / "vanilla-seed0"
-    result = project.launch("submit.sh", "train", "vanilla")
-    assert result.stderr == f"submitted train as job 123; log: {run}/job-123.log\n"
-    first = (run / "resubmit.sh").read_text()
-    assert "new options" not in project.launch("submit.sh", "train", "vanilla").stderr
-    assert not (run / "resubmit.sh.old").exists()
-    result = project.launch("submit.sh", "--nodes=2", "train", "vanilla")
-    assert (
-        f"resubmit.sh has new options; the previous one is {run}/resubmit.sh.old" in result.stderr
+    numbers = sbatch.with_name("numbers")
+    sbatch.write_text(
+        f"#!/bin/sh\necho >>{numbers}\n"
+        f"printf '%s\\n' \"$@\" >{sbatch.parent}/words-$(wc -l <{numbers})\nwc -l <{numbers}\n"
     )
-    assert (run / "resubmit.sh.old").read_text() == first
-    assert " --nodes=2 " in (run / "resubmit.sh").read_text()
-    again = subprocess.run([run / "resubmit.sh"], capture_output=True, text=True)
-    assert again.stderr == f"log: {run}/job-NUMBER.log\n"
+    words = ("--nodes=2", "--dependency=afterok:7", "train", "vanilla", "--optim.lr", "1e-5")
+    result = project.launch("submit.sh", *words)
+    assert result.stderr == f"submitted train as job 1; log: {run}/job-1.log\n"
+    assert result.stdout == "1\n"
+    first = (run / "resubmit-1.sh").read_text()
+    project.launch("submit.sh", "train", "vanilla", "--sed", "1")
+    project.launch("submit.sh", "train", "vanilla", "--data", "/nope")
+    assert (run / "resubmit-1.sh").read_text() == first
+    assert (run / "resubmit-3.sh").read_text().endswith(" -- vanilla --data /nope\n")
+    again = subprocess.run([run / "resubmit-1.sh", "--time=5"], capture_output=True, text=True)
+    assert again.stderr == f"submitted train as job 4; log: {run}/job-4.log\n"
+    assert again.stdout == "4\n"
+    # the jobs to wait for may be gone
+    sent = [(sbatch.parent / f"words-{number}").read_text().splitlines() for number in (1, 4)]
+    sent[0].remove("--dependency=afterok:7")
+    sent[1].remove("--time=5")
+    assert sent[0] == sent[1]
+    # with the options that were added
+    third = subprocess.run([run / "resubmit-4.sh"], capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr
+    assert "--time=5" in (sbatch.parent / "words-5").read_text().splitlines()
 
 
-def test_another_job_of_the_run_is_named(project, sbatch):
+def test_other_jobs_of_the_run_are_named(project, sbatch):
     project.write_settings()
     run = project.runs / "vanilla-seed0"
     squeue = sbatch.with_name("squeue")
-    squeue.write_text(f"#!/bin/sh\necho 7 {run}1/job-7.log\necho 8 {run}/job-8.log\n")
+    lines = "".join(f"echo {n} {run}{more}/job-{n}.log\n" for n, more in ((7, 1), (8, ""), (9, "")))
+    squeue.write_text(f"#!/bin/sh\n{lines}")
     squeue.chmod(0o755)
     result = project.launch("submit.sh", "train", "vanilla")
     assert result.returncode == 0
-    assert f"warning: job 8 for {run} is waiting or running already\n" in result.stderr
+    warning = f"warning: {run} already has jobs waiting or running: 8 9\n"
+    assert warning in result.stderr
+    again = subprocess.run([run / "resubmit-123.sh"], capture_output=True, text=True)
+    assert again.stderr.startswith(warning)
+
+
+def test_an_evaluation_of_a_missing_run_is_warned_of(project):
+    project.write_settings()
+    (project.folder / "here").mkdir()
+    words = ("evaluate", "here", "absent", "--data", "none")
+    result = project.launch("submit.sh", "--dry-run", *words)
+    assert result.returncode == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: absent does not exist; the job fails unless it does when")
+    result = project.launch("submit.sh", "--dry-run", "--dependency=afterok:1", *words)
+    assert result.stderr == ""
 
 
 def test_a_setup_that_fails_is_named(project):
@@ -483,10 +536,9 @@ def sbatch(tmp_path, monkeypatch) -> Path:
     return program
 
 
-@pytest.mark.parametrize("name", ["resubmit.sh.new", "resubmit.sh"])
 @pytest.mark.parametrize("kind", ["file", "folder", "absent"])
 @pytest.mark.usefixtures("sbatch")
-def test_a_submission_follows_no_link_of_the_run_folder(project, tmp_path, name, kind):
+def test_a_submission_follows_no_link_of_the_run_folder(project, tmp_path, kind):
     project.write_settings()
     run, outside = tmp_path / "run", tmp_path / "outside"
     run.mkdir()
@@ -494,12 +546,12 @@ def test_a_submission_follows_no_link_of_the_run_folder(project, tmp_path, name,
         outside.write_text("precious")
     elif kind == "folder":
         outside.mkdir()
-    (run / name).symlink_to(outside)
+    (run / "resubmit-123.sh").symlink_to(outside)
     result = project.launch("submit.sh", "train", "vanilla", "--run-dir", run)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "123\n"
-    assert (run / "resubmit.sh").stat().st_mode & 0o777 == 0o777 & ~umask()
-    assert not (run / "resubmit.sh").is_symlink()
+    assert (run / "resubmit-123.sh").stat().st_mode & 0o777 == 0o777 & ~umask()
+    assert not (run / "resubmit-123.sh").is_symlink()
     assert kind != "file" or outside.read_text() == "precious"
     assert kind != "folder" or not list(outside.iterdir())
     assert kind != "absent" or not outside.exists()
@@ -530,20 +582,23 @@ def test_a_stop_is_asked_for_through_no_link(project, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("resubmit.sh", "is not a regular file; remove it"), ("job-7.log", "is a link, and logs are")],
+    [
+        ("resubmit-123.sh", "is not a regular file; remove it"),
+        ("job-7.log", "is a link, and logs are"),
+    ],
 )
 @pytest.mark.usefixtures("sbatch")
 def test_what_cannot_be_replaced_is_refused(project, tmp_path, name, says):
     project.write_settings()
     run = tmp_path / "run"
     run.mkdir()
-    if name == "resubmit.sh":
+    if name == "resubmit-123.sh":
         os.mkfifo(run / name)
     else:
         (run / name).symlink_to(tmp_path / "precious")
     result = project.launch("submit.sh", "train", "vanilla", "--run-dir", run)
     assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    *_, line = result.stderr.splitlines()
     assert line.startswith(f"error: {run / name} {says}")
 
 
@@ -568,19 +623,22 @@ def test_resubmitting_keeps_every_word(project, tmp_path):
     (folder / "code").mkdir(parents=True)
     words = ["two words", "$HOME", "it's", "*", "", "--x=1"]
     quoted = shlex.join(words)
-    words_of_job = f"train --account='a b' -- {quoted}"
-    bash(project, f"log=job-%j.log; leave_resubmit {shlex.quote(str(folder))} {words_of_job}")
+    log = f"--output={folder}/job-%j.log"
+    words_of_job = f"train {shlex.quote(log)} --account='a b' -- {quoted}"
+    bash(project, f"leave_resubmit {shlex.quote(str(folder))} 7 {words_of_job}")
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@"\n')
+    sent = tmp_path / "sent"
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$PWD" "$@" >{sent}\necho 8\n')
     sbatch.chmod(0o755)
     path = f"{sbatch.parent}:{environment()['PATH']}"
-    said = subprocess.run(
-        [folder / "resubmit.sh", "--nodes=1"], env={"PATH": path}, capture_output=True, text=True
-    )
-    expected = [f"{folder}/code", "--account=a b", "--nodes=1", "launch/train.sbatch", *words]
-    assert said.stdout.splitlines() == expected
-    assert said.stderr == f"log: {folder}/job-NUMBER.log\n"
+    for number in (7, 8):
+        said = subprocess.run(
+            [folder / f"resubmit-{number}.sh"], env={"PATH": path}, capture_output=True, text=True
+        )
+        expected = ["--parsable", log, "--account=a b", "launch/train.sbatch", *words]
+        assert sent.read_text().splitlines() == [f"{folder}/code", *expected]
+        assert shlex.split(said.stderr)[-3:] == ["8;", "log:", f"{folder}/job-8.log"]
 
 
 @pytest.mark.parametrize(
@@ -657,7 +715,7 @@ def test_progress_of_another_job_in_the_folder_does_not_requeue_this_one(project
 
 def test_a_task_of_a_sweep_leaves_each_option_once(project):
     attempt(project, "exit 0", "SBATCH_OPTIONS=(--partition=low --account=a)")
-    line = (project.runs / "vanilla-seed1" / "resubmit.sh").read_text().splitlines()[-1]
+    line = (project.runs / "vanilla-seed1" / "resubmit-12.sh").read_text().splitlines()[-1]
     names = [word.partition("=")[0] for word in shlex.split(line) if word.startswith("--")]
     assert len(names) == len(set(names))
     assert {"--partition=p", "--account=a", "--nodes=1", "--time=1:00"} < set(shlex.split(line))
@@ -671,7 +729,7 @@ def test_a_task_of_a_sweep_does_not_run_the_code_of_a_stranger(project):
     assert said.startswith(
         f"error: the code in {code} was not copied there by your launch/submit.sh"
     )
-    assert said.endswith("you trust that run folder, run its resubmit.sh\nfailed\n")
+    assert said.endswith("you trust that run folder, run its resubmit-JOB.sh\nfailed\n")
 
 
 def test_ranks_on_a_node_with_gpus_do_not_take_its_cpu(project):

@@ -64,7 +64,16 @@ def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp
     kinds = [0, 2, 1]
     expected = min(range(3), key=lambda n: (best - by_hand[n], kinds[n]))
     assert found.chosen == found.candidates[expected].path
-    assert capsys.readouterr().out.splitlines()[-1] == f"chosen by held-out images: {found.chosen}"
+    paths = [one.path for one in found.candidates]
+    last, *following = capsys.readouterr().out.splitlines()[len(paths) :]
+    assert last == f"chosen by held-out images: {found.chosen}"
+    merging = f"python -m rft.merge wise {zero_shot} {vanilla} --alpha 0.5 --out {paths[2]}"
+    export = f"python -m rft.convert export {found.chosen} --to open-clip --out model"
+    assert following == [
+        *([f"next: {merging}", f"then: {export}"] if expected == 2 else [f"next: {export}"]),
+        f"then, after rft evaluate of the same models: python -m rft.report {' '.join(paths)} "
+        f"--out report --data {data} --chosen {saved}",
+    ]
     assert not (tmp_path / "wise-ft-0.5").exists()
     # an average that was written in between still counts as one, also in a tie
     tiny.call(merge, "wise", zero_shot, vanilla, "--out", tmp_path / "wise-ft-0.5")
@@ -93,7 +102,9 @@ def test_the_same_choice_again_counts_nothing(train, tiny_data, tmp_path, capsys
     assert choice.is_current(known)
     capsys.readouterr()
     tiny.call(choose, *runs, *command)
-    assert capsys.readouterr().out == f"already chosen by held-out images: {known.chosen}\n"
+    line, following, _ = capsys.readouterr().out.splitlines()
+    assert line == f"already chosen by held-out images: {known.chosen}"
+    assert following.startswith(f"next: python -m rft.convert export {known.chosen} ")
     # it is not a choice among other candidates, or of other weights
     tiny.call(choose, *runs[::-1], *command)
     assert [one.path for one in choice.read(saved).candidates] == list(map(str, runs[::-1]))

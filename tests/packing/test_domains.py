@@ -16,6 +16,7 @@ from rft.packing.domains import (
     missing_corruptions,
     only_present,
     read_domains,
+    require_known,
 )
 from rft.packing.pack import Options, pack_source
 from rft.packing.source import Source
@@ -160,6 +161,17 @@ def test_a_class_that_is_unknown_is_refused(corrupted):
     labels = LabelSpace(ids=LABELS.ids[:3], names=LABELS.names[:3], templates=LABELS.templates)
     with pytest.raises(ValueError, match=f"unknown class: {LABELS.ids[3]!r}"):
         read_domains("own", corrupted, 2, labels)
+
+
+def test_a_folder_with_the_name_of_a_class_is_answered_with_its_id(corrupted):
+    labels = LabelSpace(
+        ids=("sea_lion", "n02"), names=("eared seal", "toad"), templates=LABELS.templates
+    )
+    for folder in ("Sea Lion", "eared seal", "Eared_Seal", "sea_lions"):
+        with pytest.raises(ValueError, match=r"; did you mean 'sea_lion'\? Folders must have the"):
+            require_known(corrupted, [folder], labels)
+    with pytest.raises(ValueError, match="; remove it or add it to --classes"):
+        require_known(corrupted, ["zzz"], labels)
 
 
 def test_an_empty_class_of_a_domain_is_refused(corrupted, tmp_path):

@@ -34,7 +34,7 @@ from rft.loading.dataset import PackedDataset
 from rft.packing.expected import published_classes
 from rft.packing.foreign.class_names import loose_form
 from rft.packing.foreign.index import index_shards
-from rft.packing.foreign.patterns import count_expanded, expand
+from rft.packing.foreign.patterns import as_patterns, count_expanded, expand
 from rft.packing.foreign.rule import Options as AllOptions
 from rft.packing.foreign.rule import local_labels
 from rft.packing.foreign.samples import parent, split_name
@@ -636,9 +636,26 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
         r"2 images \(a\.jpg, a\.png\); drop all but one, such as the last with --ignore png",
     ),
     "same name twice": ([*plain("a", 0), *plain("a", 0)], "two members are named 'a.jpg'"),
-    "same key twice": (
+    "same name later": (
         [*plain("a", 0), *plain("b", 0), *plain("a", 1)],
-        "key 'a' recurs at byte",
+        r"bad\.tar: two members are named 'a\.jpg'; rename one$",
+    ),
+    "same name but for case": (
+        [*plain("a", 0), ("a.JPG", b"x")],
+        r"two members are named 'a\.jpg', except for case \('a\.JPG'\); rename one$",
+    ),
+    "same key later": (
+        [("a.jpg", picture(0)), *plain("b", 0), ("a.cls", b"0")],
+        "key 'a' recurs at byte .*sorted names",
+    ),
+    "an image that is not read": (
+        [("a.gif", b"x"), ("a.cls", b"0")],
+        r"unknown suffix \.gif of .*; convert \.gif images to JPEG, PNG or WebP$",
+    ),
+    "one beside an image": ([*plain("a", 0), ("a.gif", b"x")], r"with --ignore gif$"),
+    "two images with one label": (
+        [("p0.0.jpg", picture(0)), ("p0.1.jpg", picture(1)), ("p0.cls", b"0")],
+        r"shares the label of sample 'p0': keep one image, named p0\.jpg, or give each image its",
     ),
     "number too large": (plain("a", 3), "key 'a': label 3 is not one of the 3 classes"),
     "number below zero": (
@@ -821,6 +838,8 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         "{": "its .json is not readable",
         "[1]": r"no number or string 'y' \(fields: none\)",
         '{"y": null}': r"no number or string 'y' \(fields: y\)",
+        '{"y": [0]}': "no label: 'y' of its .json holds a list; it must be a number or a string",
+        '{"y": {"z": 0}}': "no label: 'y' of its .json holds an object, and nested fields are not",
         '{"y": true}': "label true of its .json is true or false; write class numbers as integers",
         '{"y": 0.0}': "label 0.0 of its .json is a number with a fraction; write class numbers as",
         '{"y": 1, "y": 0}': "its .json has 'y' 2 times; keep one of them",
@@ -935,9 +954,8 @@ def test_a_folder_is_no_shard(tmp_path: Path, remote: bool) -> None:
         fs.put(f"{folder}/", "/folder/set/", recursive=True)
         folder = "memory://folder/set"
     message = (
-        "/set is a folder, not a shard; its 12 .tar files range from 0000.tar to "
-        f"0011.tar; name its shards, such as '{folder}/{{000000..000123}}.tar' "
-        "(docs/data.md#third-party-shards)"
+        "/set is a folder, not a shard; name its shards: "
+        f"'{folder}/{{0000..0011}}.tar' (docs/data.md#third-party-shards)"
     )
     try:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -945,6 +963,22 @@ def test_a_folder_is_no_shard(tmp_path: Path, remote: bool) -> None:
     finally:
         if remote:
             fs.rm("/folder", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        ([f"train-{n:03d}.tar" for n in range(101)], ["train-{000..100}.tar"]),
+        ([f"{n}.tar" for n in range(12)], ["{0..11}.tar"]),
+        (["a-0.tar", "a-1.tar", "a-3.tar", "b-0.tar"], ["a-3.tar", "a-{0..1}.tar", "b-0.tar"]),
+        (["v2-09.tar", "v2-10.tar", "train.tar"], ["train.tar", "v2-{09..10}.tar"]),
+        (["a-1-of-2.tar", "a-2-of-2.tar"], ["a-1-of-2.tar", "a-2-of-2.tar"]),
+        ([], []),
+    ],
+)
+def test_names_as_patterns(names: list[str], patterns: list[str]) -> None:
+    assert as_patterns(names) == patterns
+    assert sorted(expand(patterns) if patterns else []) == sorted(names)
 
 
 def test_a_file_may_be_called_like_a_pattern(tmp_path: Path) -> None:
@@ -1323,3 +1357,20 @@ def test_patterns_that_cost_more_than_memory_has(pattern: str, message: str) -> 
         *("0.tar", "1.tar", "2.tar", "3.tar"),
         *("a.tar", "b1.tar", "b2.tar"),
     ]
+
+
+def test_a_nested_field_is_not_a_label(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), ("a.json", b'{"m": {"label": 0}}')])
+    with pytest.raises(ValueError, match=r"'m' of its \.json holds an object, and nested fields"):
+        index_shards([url], str(tmp_path / "out"), LABELS, Options(label_field="m.label"))
+
+
+def test_a_shard_that_was_not_written_completely(tmp_path: Path) -> None:
+    """Cut off, or with zeros in place of its last samples."""
+    url = write_tar(tmp_path / "0.tar", [one for n in range(9) for one in plain(f"{n}", 0)])
+    data = Path(url).read_bytes()
+    for cut in (data[:2000], data[:3072].ljust(len(data), b"\0")):
+        Path(url).write_bytes(cut)
+        with pytest.raises(ValueError, match="download or write it again, or leave this shard out"):
+            index_shards([url], str(tmp_path / "out"), LABELS, Options())
+    assert not (tmp_path / "out").exists()

@@ -597,9 +597,22 @@ def test_a_data_root_is_answered_with_its_sets(packed, monkeypatch, capsys) -> N
 
 
 def test_one_problem_is_no_problems(packed, monkeypatch, capsys) -> None:
-    (packed / "manifest.json").unlink()
+    (packed / "samples.npz").unlink()
     assert run(monkeypatch, str(packed)) == 1
     assert "\n1 problem (quick check" in capsys.readouterr().out
+
+
+def test_a_set_that_does_not_exist_is_named_by_path(packed, monkeypatch, capsys) -> None:
+    """Without options of other commands, and without a count of what was not read."""
+    absent = packed.parent / "nosuch"
+    assert run(monkeypatch, str(absent), "--deep") == 1
+    assert capsys.readouterr().out == (
+        f"manifest.json cannot be used: no packed dataset at {absent}: manifest.json is missing; "
+        f"the packed sets there are {packed}; name one of them\n"
+    )
+    similar = packed.with_name(f"{packed.name}s")
+    assert run(monkeypatch, str(similar)) == 1
+    assert f"; did you mean {packed}?" in capsys.readouterr().out
 
 
 def test_a_moved_folder_is_no_page_of_lines(capsys) -> None:

@@ -101,6 +101,8 @@ def test_two_classes_end_in_a_report_and_an_export(two):
     assert card["classes"] == ["red bricks zero", "red bricks one"]
     page = (out / "report" / "index.html").read_text()
     assert "Classes and mistakes" in page
+    assert f"Chosen without any test image: {Path(choice['chosen']).name}, " in page
+    assert f'{Path(choice["chosen"]).name} <span class="muted">(chosen)' in page
     most = max(counts.values())
     assert result.stdout.splitlines()[-6:] == [
         f"chosen: {Path(choice['chosen']).name}",
@@ -147,6 +149,7 @@ def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refu
     write(more, [6, 0], first=130)
     line = refused(command, *words(more, out, "--epochs", 1))
     assert f"error: photos changed since {out} was made (208 -> 21" in line
+    assert " files to train on, 5" in line
     assert line.endswith(f"delete {', '.join(str(out / name) for name in record.MADE)}")
     assert made(out) == before
 
@@ -201,7 +204,10 @@ def test_all_that_cannot_be_used_is_named_at_once_with_the_command(tmp_path, cap
     text = dry(root, out, *typed[3 + len(options) :], folders=["c000", "c001"])
     assert "empty.jpg is empty; it is left out (--max-bad)" in text
     # counts without the photos that are left out
-    assert re.search(r"17 photos of 2 classes; \d+ to train on, \d+ to test with, 2 left out", text)
+    assert re.search(
+        r"17 photos of 2 classes; at most \d+ to train on, at most \d+ to test with, 2 left out",
+        text,
+    )
     assert "skipped by name: 1 *.heic (--ignore), 1 about [[]1] (--ignore), 1 lone" in text
 
 
@@ -275,13 +281,16 @@ def test_photos_that_fail_in_decoding_are_named_by_packing(tmp_path):
     line, again = [
         line
         for line in tiny.complaints(result.stderr)
-        if line.startswith(("error: ", "  to resume: "))
+        if line.startswith(("error: ", "  to resume"))
     ]
     assert re.search(r"c001/[67]\.png", line)
-    words_again = shlex.join(["python", "-m", "rft.photos", *words(root, out, "--epochs", 0)])
-    assert again == f"  to resume: {words_again}"
-    result = photos(root, out, "--epochs", 0, "--max-bad", 2)
+    typed = words(root, out, "--epochs", 0)
+    words_again = ["python", "-m", "rft.photos", *typed, "--max-bad", "2"]
+    assert again == f"  to resume without them: {shlex.join(words_again)}"
+    # the value is enough, also after one that is not
+    result = tiny.torchrun(1, "rft.photos", *typed, "--max-bad", "1", *words_again[-2:])
     assert result.returncode == 0, result.stderr
+    assert "16 photos of 2 classes; at most 12 to train on, at most 4 to test" in result.stdout
     assert "WARNING: --epochs 0 trains nothing" in result.stderr
     packed = [Manifest.load(str(out / "shards" / name)).samples for name in ("train", "test")]
     assert sum(packed) == 14
@@ -292,6 +301,13 @@ def test_photos_that_fail_in_decoding_are_named_by_packing(tmp_path):
     ]
     assert all(Path(path).exists() for _, path in named)
     assert (out / "model" / "card.json").exists()
+    # packed sets have exact counts
+    result = photos(root, out, "--epochs", 0, "--max-bad", 2, "--dry-run")
+    train, test = packed
+    counts = f"16 photos of 2 classes; {train} to train on, {test} to test with, 2 left out"
+    assert counts in result.stdout
+    both = [re.search(rf"red bricks {name} (\d)\+(\d)", result.stdout) for name in ("zero", "one")]
+    assert [sum(int(one[n]) for one in both) for n in (1, 2)] == packed
 
 
 @pytest.mark.slow
@@ -308,7 +324,7 @@ def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
     end = "exported by default (no held-out photos to choose by): wise-object-mask-single-fill-0.5"
     assert end in result.stdout.splitlines()
     page = (out / "report" / "index.html").read_text()
-    assert "Exported by default (no held-out images to choose by): wise-object-mask" in page
+    assert re.search(r"Exported: wise-object-mask-single-fill-0\.5, .* \(named with --chosen", page)
     assert "Chosen without" not in page
     assert "(exported)" in page
 
@@ -357,15 +373,36 @@ def test_copies_in_training_and_test_are_an_alarm(tmp_path):
     result = photos(root, out, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("of equal images in two sets") == 1
-    (alarm,) = [line for line in tiny.complaints(result.stderr) if "is too high" in line]
+    (alarm,) = [line for line in tiny.complaints(result.stderr) if "Remove them" in line]
     assert "were in the training set of" in alarm
     # its files, below the source
     assert re.search(r" images of test \(c00[01]/(copy of )?\d\.png, ", alarm)
     # one warning for all models
-    assert result.stderr.count("points too high") == 1
+    assert result.stderr.count("accuracy there is up to") == 1
     # zero-shot was trained on nothing
     assert "zero-shot," not in alarm
-    assert "accuracy is too high" in (out / "report" / "index.html").read_text()
+    assert "points too high. Remove" in (out / "report" / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_copy_under_another_label_makes_the_accuracy_too_low(tmp_path):
+    root, out = tmp_path / "photos", tmp_path / "out"
+    write(root / "train", [12, 12])
+    write(root / "test", [3, 3], first=12)
+    shutil.copy(root / "test" / "c000" / "12.png", root / "train" / "c001" / "wrong.png")
+    shutil.copy(root / "test" / "c000" / "13.png", root / "train" / "c000" / "right.png")
+    result = photos(root, out, "--epochs", 1, folders=["c000", "c001"])
+    assert result.returncode == 0, result.stderr
+    (warning,) = [line for line in tiny.complaints(result.stderr) if "trained on" in line]
+    assert (
+        "were trained on 2 of the 6 images of test (1 under a different label; one label is "
+        "wrong): their accuracy there is up to 16.7 points too high and up to 16.7 points too low"
+    ) in warning
+    alarms = [line for line in tiny.complaints(result.stderr) if "training set of" in line]
+    same, other = sorted(alarms, key=lambda line: "different label" in line)
+    assert "1 of the 6 images of test (c000/13.png) was" in same
+    assert "1 of the 6 images of test (c000/12.png) was" in other
+    assert "up to 16.7 points too low, because one label of each is wrong" in other
 
 
 @pytest.mark.slow
@@ -425,6 +462,21 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, refused):
         line = refused(command, *words(root, out, "--test-share", share))
         assert "; it must be above 0 and below 1, such as 0.2" in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (("--model.clip", "rft-miniatur"), "did you mean rft-miniature"),
+        (("--model.pretrained", "opnai"), "'opnai' is neither a weights tag"),
+    ],
+)
+def test_a_misspelt_model_is_refused_before_the_photos_are_read(
+    tmp_path, refused, monkeypatch, options, fault
+):
+    monkeypatch.setattr(command, "read_folder", lambda *_: pytest.fail("read"))
+    root, out = tmp_path / "photos", tmp_path / "out"
+    assert fault in refused(command, root, "--out", out, *options)
 
 
 @pytest.mark.parametrize("below", ["", "new/folder"])

@@ -35,7 +35,7 @@ def test_every_stage_is_a_command_of_rft():
         *(plan.train(TASK, recipe) for recipe in plan.TRAINED),
         plan.evaluate(TASK, held_out=True),
         plan.choose(TASK),
-        *plan.end(TASK, TASK.wise(plan.OURS)),
+        *plan.end(TASK, TASK.wise(plan.OURS), held_out=True),
     ]
     names = [stages.command_of(commands.named(stage.words)).package for stage in every]
     assert [name.removeprefix("rft.") for name in names] == [
@@ -51,15 +51,22 @@ def test_every_stage_is_a_command_of_rft():
 
 def test_an_average_is_written_only_if_it_was_chosen():
     for recipe in plan.FAMILIES:
-        first, *_ = plan.end(TASK, TASK.wise(recipe))
+        first, *_ = plan.end(TASK, TASK.wise(recipe), held_out=True)
         assert first.words[-1] == str(TASK.wise(recipe))
         assert str(TASK.run(recipe)) in first.words
     for recipe in plan.TRAINED:
         chosen = TASK.run(recipe)
-        names = [stage.name for stage in plan.end(TASK, chosen)]
+        names = [stage.name for stage in plan.end(TASK, chosen, held_out=True)]
         assert names == ["export", "report"]
         (export,) = plan.export(TASK, chosen, TASK.model)
         assert str(chosen) in export.words
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_report_names_the_choice_only_if_held_out_images_made_it(held_out):
+    *_, report = plan.end(TASK, TASK.run(plan.VANILLA), held_out=held_out)
+    named = TASK.choice if held_out else TASK.run(plan.VANILLA)
+    assert report.words[-2:] == ("--chosen", str(named))
 
 
 def test_zero_shot_is_given_no_number_of_a_training():

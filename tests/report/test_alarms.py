@@ -43,6 +43,7 @@ def test_an_exported_model_that_others_beat_is_an_alarm(tmp_path):
         "The exported model, no-mask, is significantly worse than others on test: vanilla +"
     )
     assert "zero-shot" not in line
+    assert line.endswith("Export one of them instead, which is then a choice on test images.")
     assert compose(runs, draw=False, chosen=best).summary.alarms == []
     # one alarm, although zero-shot is better too
     (line,) = compose(runs, draw=False, chosen=zero_shot).summary.alarms
@@ -97,4 +98,28 @@ def test_test_images_that_were_trained_on_are_an_alarm(tmp_path):
         sets["test"]["seen"] = 17
         edit(path / "results.json", sets=sets)
     (line,) = found(*paths)
+    assert line == (
+        "17 of the 60 images of test were in the training set of vanilla: this accuracy is up to "
+        "28.3 points too high. Remove them, then run again with a new --out."
+    )
+    for path in paths:
+        sets = json.loads((path / "results.json").read_text())["sets"]
+        sets["test"]["seen_other_label"] = 1
+        edit(path / "results.json", sets=sets)
+    same, other = found(*paths)
+    assert same.startswith("16 of the 60 images of test were in the training set of vanilla: ")
+    assert other == (
+        "1 of the 60 images of test was in the training set of vanilla under a different label: "
+        "this accuracy is up to 1.67 points too low, because one label of each is wrong. Correct "
+        "or remove it, then run again with a new --out."
+    )
     assert line.startswith("17 of the 60 images of test were in the training set of vanilla:")
+
+
+def test_a_test_set_that_was_not_compared_is_an_alarm(tmp_path):
+    path = make_predicted(tmp_path, "vanilla", 0, sets=("test",))
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    sets["test"]["seen"] = None
+    edit(path / "results.json", sets=sets)
+    (line,) = found(path)
+    assert line.startswith("It was not checked whether images of test were in the training set of")

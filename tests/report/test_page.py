@@ -1,18 +1,30 @@
 """The complete report: its files, its page, its command line."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rft.report.page import command as command_of
 from rft.report.page import compose, provenance_lines, render, write_report
 from rft.report.read import load_runs
+from rft.runs import choice
 from rft.storage import files
-from tests.report.make_runs import edit, make_gallery, make_predicted, make_run, make_weights
+from tests.report.make_runs import (
+    edit,
+    make_gallery,
+    make_predicted,
+    make_run,
+    make_weights,
+    predict,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -182,7 +194,8 @@ def test_the_chosen_model_comes_first_and_photos_have_their_names(tmp_path):
         for name, skill in (("zero-shot", 0.6), ("vanilla", 0.5), ("no-mask", 0.4))
     ]
     paths = [zero, vanilla, ours]
-    report = compose(load_runs(paths), draw=False, chosen=ours)
+    made = choose(tmp_path / "choice.json", ours)
+    report = compose(load_runs(paths), draw=False, chosen=made)
     key = report.measures.sets["no-mask", "zoo"].mistakes.confident[0].key
     page = Page(render(report, names={key: "bär/größe 1.jpg"}))
     first = "Chosen without any test image: no-mask, "
@@ -199,8 +212,64 @@ def test_the_chosen_model_comes_first_and_photos_have_their_names(tmp_path):
     assert "Out-of-distribution over in-distribution accuracy" not in page.text
     assert "Counterfactual images" not in page.text
     assert "no-mask: classes against zero-shot" in page.text
-    with pytest.raises(ValueError, match="is not among the runs"):
-        compose(load_runs(paths), draw=False, chosen=tmp_path / "data")
+
+
+def choose(path: Path, run: Path) -> Path:
+    """Write the record of a choice of the run among two models."""
+    results = json.loads((run / "results.json").read_text())
+    ours = choice.Candidate(path=str(run), sha256=results["checkpoint_sha256"], correct=9)
+    made = choice.Choice(
+        train_set="train",
+        manifest_sha256="0" * 64,
+        images=10,
+        candidates=(replace(ours, path="another", correct=8), ours),
+        chosen=str(run),
+    )
+    files.write_json(str(path), asdict(made))
+    return path
+
+
+def test_only_the_record_of_a_choice_makes_a_model_chosen(tmp_path):
+    """Without it, held-out images do not prove that they chose the named model."""
+    zero_shot, vanilla = [
+        make_predicted(tmp_path, name, skill=0.5, sets=("zoo",), loader={"held_out": 20})
+        for name in ("zero-shot", "vanilla")
+    ]
+    page = Page(render(compose(load_runs([zero_shot, vanilla]), draw=False, chosen=vanilla)))
+    exported = r"Exported: vanilla, \d+\.\d% \(95% .*\) on zoo \(named with --chosen\)\."
+    assert re.search(exported, page.text)
+    assert "hosen without" not in page.text
+    assert "vanilla (exported)" in page.text
+
+
+def test_a_choice_must_fit_the_runs(tmp_path):
+    *runs, other = [
+        make_predicted(tmp_path, name, skill=0.5, sets=("zoo",))
+        for name in ("zero-shot", "vanilla", "no-mask")
+    ]
+    made = choose(tmp_path / "choice.json", other)
+    loaded = load_runs(runs)
+    line = f"--chosen {made} names {other}, which is not among the runs of the report"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        compose(loaded, draw=False, chosen=made)
+    with pytest.raises(ValueError, match=r"^--chosen .*data is not among the runs"):
+        compose(loaded, draw=False, chosen=tmp_path / "data")
+    made = choose(tmp_path / "choice.json", runs[1])
+    made.write_text(made.read_text().replace(loaded[1].results.checkpoint_sha256, "1" * 64))
+    with pytest.raises(ValueError, match=r"made with different weights of .*; rerun rft choose"):
+        compose(loaded, draw=False, chosen=made)
+    made.write_text("{}")
+    with pytest.raises(ValueError, match=r"choice\.json"):
+        compose(loaded, draw=False, chosen=made)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_scaled_numbers_are_explained_if_they_are_shown(tmp_path, fitted):
+    path = make_run(tmp_path, percent=())
+    predict(path, {"zoo": np.arange(60) % 3 > 0}, scaled=fitted)
+    page = Page(render(compose(load_runs([path]), draw=False)))
+    assert ("ECE, scaled" in page.text) == fitted
+    assert ("Scaled: with logits" in page.text) == fitted
 
 
 def test_predictions_give_every_part_of_the_page(tmp_path):

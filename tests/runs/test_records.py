@@ -294,6 +294,8 @@ def test_sets_may_lie_in_a_folder_of_the_data_root():
     assert records.SetCount(**count).total == 2
     with pytest.raises(ValueError, match=r"^count: 3 are correct of 2"):
         records.SetCount(**{**count, "correct": 3})
+    with pytest.raises(ValueError, match=r"^count: seen_other_label is 2, seen is 1"):
+        records.SetCount(**count, seen=1, seen_other_label=2)
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl"])

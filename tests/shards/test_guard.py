@@ -14,7 +14,7 @@ from benchmarks.tiny_world import LABELS, SIZE
 from rft.merge import command as merging
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, pack_source
-from rft.shards.guard import require_no_test_images, seen_images
+from rft.shards.guard import Seen, find_set, require_no_test_images, seen_images, shared_keys
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.shards.samples import Samples
@@ -81,19 +81,27 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, c
         name: Manifest.load(str(tmp_path / name))
         for name in ("imagenet-train", "imagenet-r", "copy", "some")
     }
-    trained_on = [("imagenet-train", tests["imagenet-train"].sha256)]
-    expected = {"imagenet-train": 76, "copy": 76, "some": len(some.items)}
-    assert seen_images(str(tmp_path), trained_on, tests) == expected
-    # a different set of that name, and a missing one
-    assert seen_images(str(tmp_path), [("imagenet-train", "0" * 64)], tests) == {}
-    assert seen_images(str(tmp_path), [("absent", tests["copy"].sha256)], tests) == {"copy": 76}
+
+    def seen(name: str = "imagenet-train", sha256: str = tests["imagenet-train"].sha256):
+        found = find_set([str(tmp_path)], name, sha256)
+        return seen_images(str(tmp_path), {(name, sha256): found}, tests)
+
+    known = {"imagenet-train": Seen(76), "imagenet-r": Seen(), "copy": Seen(76)}
+    assert seen() == {**known, "some": Seen(len(some.items))}
+    # a different set of that name, and a missing one: only ImageNet's sets are known to be disjoint
+    unknown = {"imagenet-train": None, "imagenet-r": Seen(), "copy": None, "some": None}
+    assert seen(sha256="0" * 64) == unknown
+    absent = {**unknown, "imagenet-r": None, "copy": Seen(76)}
+    assert seen("absent", tests["copy"].sha256) == absent
+    assert warnings(capsys) == []
     forget(tmp_path / "some")
     tests["some"] = Manifest.load(str(tmp_path / "some"))
-    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76, "copy": 76}
+    assert seen() == {**known, "some": None}
+    (warning,) = warnings(capsys)
+    assert "some: cannot compare its images with those of imagenet-train (" in warning
     # a deleted file does not prevent an evaluation
-    assert warnings(capsys) == []
     (tmp_path / "imagenet-train" / "samples.npz").unlink()
-    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76}
+    assert seen() == {"imagenet-train": Seen(76), "imagenet-r": None, "copy": None, "some": None}
     assert "cannot compare its images with those of the evaluated sets" in warnings(capsys)[0]
 
 
@@ -113,8 +121,34 @@ def test_a_model_of_two_trainings_has_seen_what_either_has(tmp_path):
         for name, values in (("a", range(30)), ("b", range(20, 50)))
     ]
     tests = {"test": of_hashes(tmp_path, "test", range(25, 80))}
+    root = str(tmp_path)
     for order in (trained_on, trained_on[::-1]):
-        assert seen_images(str(tmp_path), order, tests) == {"test": 25}
+        sets = {pair: find_set([root], *pair) for pair in order}
+        assert seen_images(root, sets, tests) == {"test": Seen(25)}
+    # a lower bound is better than nothing, but 0 of one set is not
+    assert seen_images(root, {**sets, ("c", "0" * 64): None}, tests) == {"test": Seen(25)}
+    tests = {"new": of_hashes(tmp_path, "new", range(90, 95))}
+    assert seen_images(root, sets, tests) == {"new": Seen()}
+    assert seen_images(root, {**sets, ("c", "0" * 64): None}, tests) == {"new": None}
+
+
+def test_images_with_different_labels_in_training_and_test_are_counted(tiny_data, tmp_path):
+    """An image with both labels in training has the test's label there."""
+    found = read_source("imagenet-train", tiny_data.parent / "images", LABELS)
+    of_test = found.items[:6]
+    others = [replace(one, label=1 - min(one.label, 1)) for one in of_test]
+    training = [*of_test[:4], *others[3:5], *found.items[6:]]
+    for name, items in (("mine", training), ("tests", of_test)):
+        numbered = [replace(one, key=f"{n}") for n, one in enumerate(items)]
+        source = replace(found, dataset=name, items=numbered)
+        assert pack_source(source, str(tmp_path), LABELS, PIXELS)
+    tests = {"tests": Manifest.load(str(tmp_path / "tests"))}
+    pair = ("mine", Manifest.load(str(tmp_path / "mine")).sha256)
+    trained_on = {pair: find_set([str(tmp_path)], *pair)}
+    assert seen_images(str(tmp_path), trained_on, tests) == {"tests": Seen(5, 1)}
+    assert [len(keys) for keys in shared_keys(str(tmp_path), ["mine"], "tests")] == [4, 1]
+    (tmp_path / "mine" / "index.npz").unlink()
+    assert seen_images(str(tmp_path), trained_on, tests) == {"tests": Seen(5)}
 
 
 @pytest.mark.parametrize(("images", "refused"), [(3, False), (5, True)])

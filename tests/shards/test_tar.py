@@ -179,10 +179,24 @@ def test_zeros_without_end(tmp_path):
         stream.truncate(2**40)
         began = time.process_time()
         with pytest.raises(
-            ValueError, match=r"x\.tar: more than 67,108,864 zeros after byte 1,024"
+            ValueError, match=r"x\.tar ends at byte 1,024 of 1,099,511,627,776, with zeros"
         ):
             list(tar.walk(stream, "x.tar"))
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("record", [512, 10_240, 2**16, 2**20])
+def test_a_tar_may_be_padded_to_a_record(record):
+    data = FILE + ENDED
+    assert len(found(data + bytes(-len(data) % record))) == 1
+
+
+@pytest.mark.parametrize("total", [71_680, 2**21, 3 * 2**16])
+def test_more_zeros_are_a_file_that_was_not_written_completely(total):
+    """The rest of a download or of a killed writer, in a file of its final size."""
+    message = rf"x\.tar ends at byte 1,024 of {total:,}, with zeros after it: .*; download or write"
+    with pytest.raises(tar.IncompleteError, match=message):
+        found(FILE.ljust(total, b"\0"))
 
 
 def test_a_size_in_a_pax_header_counts():

@@ -320,7 +320,7 @@ def take(folder: Path, checkpoints: str = "") -> None:
     log = dataclasses.replace(config.log, checkpoints=checkpoints)
     folder_of_run = RunFolder(dataclasses.replace(config, log=log))
     with folder_of_run.taken(World(rank=0, size=1, local_rank=0), StopRequest("")):
-        pass
+        folder_of_run.write_records()
 
 
 @pytest.mark.parametrize("name", [*WRITTEN_THROUGH, "tensorboard/events.out.tfevents.1"])

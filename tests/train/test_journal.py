@@ -16,6 +16,7 @@ from rft import recipes
 from rft.config import Config
 from rft.evaluate.count import Count
 from rft.method import losses
+from rft.runs.filenames import CONFIG
 from rft.train import journal
 from rft.train.journal import Display, Journal, require_packages, status
 from rft.train.pictures import Counterfactuals, grid
@@ -43,6 +44,13 @@ SHAPE = tuple(grid(COUNTERFACTUALS, 8).shape[1:])
 def configuration(run: Path, recipe: str = recipes.DEFAULT, **log) -> Config:
     config = recipes.build(recipe, data="https://store/x", run=str(run))
     return dataclasses.replace(config, log=dataclasses.replace(config.log, **log))
+
+
+def begun(run: Path, **log) -> Config:
+    """The configuration of a run folder with a config.json, as training writes it."""
+    run.mkdir(exist_ok=True)
+    (run / CONFIG).touch()
+    return configuration(run, **log)
 
 
 def test_the_loss_and_its_parts_and_what_the_loader_costs(tmp_path):
@@ -119,7 +127,7 @@ def test_a_bar_on_a_terminal(tmp_path, terminal):
 
 def test_the_time_of_a_row_never_goes_backwards(tmp_path, monkeypatch):
     clock = iter([1_800_000_000.12345, 1_700_000_000.0, 1_800_000_001.0])
-    with Journal(configuration(tmp_path), 0, 100, writes=True) as log:
+    with Journal(begun(tmp_path), 0, 100, writes=True) as log:
         for step in (5, 10, 15):
             now = next(clock)
             monkeypatch.setattr(journal.time, "time", lambda now=now: now)
@@ -131,7 +139,7 @@ def test_the_time_of_a_row_never_goes_backwards(tmp_path, monkeypatch):
     assert "time" not in events.Tags()["scalars"]
     # nor from one start of the run to the next
     monkeypatch.setattr(journal.time, "time", lambda: 1_700_000_000.0)
-    with Journal(configuration(tmp_path), 15, 100, writes=True) as log:
+    with Journal(begun(tmp_path), 15, 100, writes=True) as log:
         log.metrics(20, VALUES)
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["time"] == 1800000001.0
@@ -142,7 +150,7 @@ def test_a_resumed_run_drops_what_comes_again_and_knows_its_last_result(tmp_path
     beyond = [{"step": 15, "loss": 1}, {"step": 20, "held_out_correct": 4, "held_out_total": 4}]
     text = "".join(json.dumps(line) + "\n" for line in lines + beyond) + '{"step": 25, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    with Journal(configuration(tmp_path), 10, 100, writes=True) as log:
+    with Journal(begun(tmp_path), 10, 100, writes=True) as log:
         log.metrics(15, VALUES)
     kept = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
     assert kept[:2] == lines, "rows of an older version have no time and stay"
@@ -161,7 +169,7 @@ def test_one_rank_alone_writes(tmp_path, capsys):
 
 
 def test_scalars_and_pictures_are_in_tensorboard(tmp_path):
-    with Journal(configuration(tmp_path, image_steps=3), 0, 9, writes=True) as log:
+    with Journal(begun(tmp_path, image_steps=3), 0, 9, writes=True) as log:
         assert [step for step in range(1, 10) if log.collects(step) is not None] == [3, 6, 9]
         log.metrics(3, VALUES)
         log.pictures(2, log.collects(2), 8)
@@ -172,7 +180,7 @@ def test_scalars_and_pictures_are_in_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
     (picture,) = events.Images("counterfactuals")
     assert (picture.step, picture.height, picture.width) == (6, *SHAPE)
-    with Journal(configuration(tmp_path / "none", image_steps=0), 0, 9, writes=True) as log:
+    with Journal(begun(tmp_path / "none", image_steps=0), 0, 9, writes=True) as log:
         assert not any(log.collects(step) is not None for step in range(1, 10))
 
 

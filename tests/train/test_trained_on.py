@@ -1,11 +1,12 @@
 """Weights record the images that they have seen: test images of a different split cause a warning.
 
 The same sets are below two data roots as `train` and `test`, like own photos; the second manifest
-of `train` differs, as after repacking with a different split.
+and samples.npz of `train` differ, as after repacking with a different split.
 """
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from rft.runs import trained_on
 from rft.runs.filenames import LAST, SELECTED
 from rft.runs.records import read_config
 from rft.runs.trained_on import TrainedOn
+from rft.shards.manifest import Manifest
+from rft.shards.samples import Samples
+from rft.storage import files
 from tests import tiny
 from tests.tiny import call, forget_weights
 
@@ -34,8 +38,11 @@ def roots(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
     for name in ("a", "b"):
         shutil.copytree(tiny_data / "imagenet-train", root / name / "train")
         shutil.copytree(tiny_data / "imagenet-val", root / name / "test")
-    path = root / "b" / "train" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "plan_hash": "0" * 64}))
+    train = root / "b" / "train"
+    manifest = Manifest.load(str(train))
+    data = Samples(source=Samples.load(str(train), manifest).source[::-1]).to_bytes()
+    (train / "samples.npz").write_bytes(data)
+    replace(manifest, samples_sha256=files.sha256_bytes(data)).save(str(train))
     return root / "a", root / "b"
 
 
@@ -76,6 +83,32 @@ def test_a_run_and_its_weights_alone(runs, roots, said):
         assert SEEN in warning
         assert SEEN in said(evaluate_command, *evaluation(model, b))  # although nothing is left
     assert SEEN not in said(evaluate_command, *evaluation(runs / "zero", b))
+
+
+def test_the_same_images_under_a_different_manifest(runs, roots, said, tmp_path):
+    """Tars indexed again over a different path: only the names of the shards differ."""
+    run, data = shutil.copytree(runs / "a", tmp_path / "run"), tmp_path / "data"
+    shutil.copytree(roots[0], data)
+    shutil.copytree(data / "train", data / "leak")
+    for name in ("train", "leak"):
+        (data / name / "000000.tar").rename(data / name / "first.tar")
+        path = data / name / "manifest.json"
+        manifest = json.loads(path.read_text().replace("000000.tar", "first.tar"))
+        path.write_text(json.dumps({**manifest, "dataset": name}))
+
+    def seen(of: Path) -> int | None:
+        line = said(evaluate_command, *evaluation(of, data), "--sets", "leak")
+        results = json.loads((of / "results.json").read_text())
+        assert (SEEN in line) == (results["sets"]["leak"]["seen"] is None)
+        return results["sets"]["leak"]["seen"]
+
+    # images are compared although the training set below --data is a different one
+    assert seen(run) == 76
+    # the original is gone: what this model has seen is unknown
+    (run / "results.json").unlink()
+    path = run / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": str(tmp_path / "gone")}))
+    assert seen(run) is None
 
 
 def test_a_run_that_starts_from_another(runs, roots, said):

@@ -22,7 +22,7 @@ from rft.start import STOPPED
 from rft.storage import files
 from rft.train.journal import Journal, Wandb, require_packages
 from tests import tiny
-from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
+from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, begun, configuration
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
 Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
@@ -79,8 +79,7 @@ def history(path: Path, name: str) -> list[tuple[int, object]]:
 
 def test_a_run_is_one_wandb_run_with_scalars_and_pictures(tmp_path, offline):
     require_packages(configuration(tmp_path, wandb="project"))
-    config = configuration(tmp_path / "run", wandb="project")
-    Path(config.run).mkdir()
+    config = begun(tmp_path / "run", wandb="project")
     with Journal(config, 0, 100, writes=True) as log:
         log.metrics(10, VALUES)
         log.held_out(10, Count(3, 4))
@@ -103,8 +102,7 @@ def test_a_run_is_one_wandb_run_with_scalars_and_pictures(tmp_path, offline):
 
 def test_wandb_hears_nothing_of_the_machine(tmp_path, offline, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")  # rft.config refuses those in URLs
-    config = configuration(tmp_path / "run", wandb="project")
-    Path(config.run).mkdir()
+    config = begun(tmp_path / "run", wandb="project")
     with Journal(config, 0, 100, writes=True) as log:
         log.metrics(10, VALUES)
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
@@ -149,8 +147,7 @@ def command_line(pid: int) -> bytes:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_outlives_its_wandb(tmp_path, offline, capsys, number):
-    config = configuration(tmp_path / "run", wandb="project")
-    Path(config.run).mkdir()
+    config = begun(tmp_path / "run", wandb="project")
     with Journal(config, 0, 100, writes=True) as log:
         log.metrics(10, VALUES)
         (service,) = services()

@@ -19,12 +19,12 @@ from rft.text import counted
 class IndexShards:
     """Write manifest, index.npz and samples.npz for existing WebDataset shards, without a copy.
 
-    A sample is an image (jpg, jpeg, png, webp) with its label: a .cls member, or a field of its
-    .json. That covers timm's imagenet-1k-wds, CLIP_benchmark's wds_* sets and img2dataset's output.
-    Evaluation and training find a set by its folder name, so end --out with that name. Examples:
+    A sample is an image (jpg, jpeg, png, webp) with its label: a .cls member, or a field of the
+    sample's .json. That covers timm's imagenet-1k-wds, CLIP_benchmark's wds_* sets and
+    img2dataset's output. Evaluation and training find a set by its folder name, so end --out with
+    that name. Examples:
 
-    python tools/index_shards.py '/data/imagenet/imagenet1k-train-{0000..1023}.tar'
-    --out s3://bucket/rft/imagenet-train
+    python tools/index_shards.py '/data/imagenet1k-train-{0000..1023}.tar' --out data/imagenet-train
 
     python tools/index_shards.py 'https://host/wds_imagenet-r/test/{0..3}.tar' --out data/imagenet-r
     """

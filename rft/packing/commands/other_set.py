@@ -25,7 +25,7 @@ log = logging.getLogger("rft.tools")
 
 @document(name="--")
 class ShardSet:
-    """Pack any set of images as one set of WebDataset tar shards: OUT/NAME.
+    r"""Pack any set of images as one set of WebDataset tar shards: OUT/NAME.
 
     The source holds class folders, optionally below folders of domains (--domains), or files that a
     table lists (--metadata). Images are read as torchvision and open_clip do. A run is safe to
@@ -34,8 +34,8 @@ class ShardSet:
 
     python tools/shard_set.py --name imagenet-c --source /data/imagenet-c --domains 2 --out shards
 
-    python tools/shard_set.py --name iwildcam-test --source /data/iwildcam_v2.0 --out shards
-    --metadata /data/iwildcam_v2.0/metadata.csv --split test --file 'train/{filename}'
+    python tools/shard_set.py --name iwildcam-test --source /data/iwildcam_v2.0 --out shards \
+    --metadata /data/iwildcam_v2.0/metadata.csv --split test --file 'train/{filename}' \
     --domain '{location_remapped}' --classes iwildcam.json
     """
 

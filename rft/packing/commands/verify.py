@@ -105,6 +105,8 @@ def say(report: Report) -> None:
             f"pack or index the set again"
         )
     depth = "every byte was read" if report.deep else "quick check; --deep reads every byte"
+    if not report.dataset:  # without a manifest nothing else was checked
+        return
     if report.problems:
         what = "problems" if report.problems[1:] else "problem"
         console.print(f"{len(report.problems):,} {what} ({depth})", style="bold red")

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 from rft.classes import Classes, composed
 from rft.shards.label_space import LabelSpace
@@ -34,6 +35,16 @@ def names_of(labels: LabelSpace | Classes) -> Names:
     """Build the lookup of class ids by folder names and class names."""
     pairs = enumerate(zip(labels.ids, labels.names, strict=True))
     return Names((text, class_id) for class_id, texts in pairs for text in texts)
+
+
+def folder_hint(name: str, labels: LabelSpace) -> str:
+    """Name the class whose folder `name` probably is, as a hint; empty if none is similar."""
+    known = names_of(labels)
+    similar = [name, *get_close_matches(name[:80], known.exact, n=1)]
+    found = next(filter(None, map(known.find, similar)), None)
+    return (
+        f"did you mean {labels.ids[found[0]]!r}? Folders must have the ids' names" if found else ""
+    )
 
 
 # Runs of separators, in a text of `_shape`'s letters: w letter or mark, d digit, _ space or

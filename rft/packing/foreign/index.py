@@ -50,6 +50,7 @@ from rft.storage.urls import check_shard_name
 
 ALGORITHM = "index 1"  # raise it when the same shards would get a different index
 OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
+UNREAD_IMAGES = frozenset({"avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "tif", "tiff"})
 
 # the options of the plan's settings
 OPTION_OF = {
@@ -141,7 +142,11 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
     where, size = job
     with open_whole(where, size) as (stream, sha256):
         found = Found(bytes=size, sha256=sha256)
-        for sample in read_samples(stream, where, found.passed_over):
+        try:
+            samples = read_samples(stream, where, found.passed_over)
+        except tar.IncompleteError as error:
+            raise ValueError(f"{error}, or leave this shard out") from error
+        for sample in samples:
             try:
                 _add(sample, stream, where, rule, found)
             except BadSample as error:
@@ -219,16 +224,9 @@ def _pick_image(
             images[suffix] = member
         elif suffix not in OTHER_SUFFIXES:
             known = IMAGE_SUFFIXES | OTHER_SUFFIXES
-            hint = f"skip such members with --ignore {suffix}"
-            # beside an image, as in x.jpg and x.seg.png, it is an additional member
-            if suffix.rpartition(".")[2] in known and not IMAGE_SUFFIXES & sample.members.keys():
-                hint = (
-                    f"a key ends at the first dot of the file name, so this one is {sample.key!r}; "
-                    f"rename the members to have one dot (docs/data.md#third-party-shards)"
-                )
             raise ValueError(
                 f"{where}: unknown suffix .{suffix} of {member.name!r} (known: "
-                f"{', '.join(sorted(known))}); {hint}"
+                f"{', '.join(sorted(known))}); {_suffix_hint(sample, suffix)}"
             )
     if not images:
         raise BadSample(f"{where}, key {sample.key!r}: no image")
@@ -239,6 +237,29 @@ def _pick_image(
             f"such as the last with --ignore {list(images)[-1]}"
         )
     return next(iter(images.values()))
+
+
+def _suffix_hint(sample: Sample, suffix: str) -> str:
+    """Advise about a member with an unknown suffix."""
+    members, last = sample.members, suffix.rpartition(".")[2]
+    # beside an image, as in x.jpg and x.seg.png, it is an additional member
+    if IMAGE_SUFFIXES & members.keys() or last not in (
+        IMAGE_SUFFIXES | OTHER_SUFFIXES | UNREAD_IMAGES
+    ):
+        return f"skip such members with --ignore {suffix}"
+    if last in UNREAD_IMAGES:
+        return f"convert .{last} images to JPEG, PNG or WebP"
+    page = "(docs/data.md#third-party-shards)"
+    if last in IMAGE_SUFFIXES and {"cls", "json"} & members.keys():
+        return (
+            f"it shares the label of sample {sample.key!r}: keep one image, named "
+            f"{sample.key}.{last}, or give each image its own label, as in {sample.key}-0.{last} "
+            f"and {sample.key}-0.cls {page}"
+        )
+    return (
+        f"a key ends at the first dot of the file name, so this one is {sample.key!r}; rename the "
+        f"members to have one dot {page}"
+    )
 
 
 def _encode_key(key: str, where: str) -> bytes:

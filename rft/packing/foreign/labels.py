@@ -199,7 +199,20 @@ def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> in
             f"integers (0, 1, 2), or class names as strings"
         )
     if not isinstance(value, int | str):
-        raise BadSample(
-            f"{where}: no label: its .json has no number or string {name!r} ({_listed(said)})"
-        )
+        raise BadSample(f"{where}: no label: {_no_label(said, value, name)}")
     return composed(value).strip() if isinstance(value, str) else value
+
+
+def _no_label(said: list[tuple[str, Any]] | None, value: object, name: str) -> str:
+    """Describe why the field `name` of a .json is not a label."""
+    outer = name.partition(".")[0]
+    if isinstance(value, Fields) or any(
+        field == outer and isinstance(one, Fields) for field, one in said or () if value is None
+    ):
+        return (
+            f"{outer!r} of its .json holds an object, and nested fields are not supported; write "
+            "the label as a number or string in a field of its own"
+        )
+    if isinstance(value, list):
+        return f"{name!r} of its .json holds a list; it must be a number or a string"
+    return f"its .json has no number or string {name!r} ({_listed(said)})"

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from braceexpand import (
@@ -16,6 +17,7 @@ SHARDS = 1_000_000  # of a set
 PATTERN_LETTERS = 4096  # Linux's limit of a path
 URL_LETTERS = 2**28  # of all URLs together
 NOT_EXPANDED = re.compile(r"[{}*]")
+LAST_NUMBER = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 DEPTH = 32  # of nested braces, for which braceexpand recurses
 
 
@@ -78,6 +80,27 @@ def count_expanded(pattern: str) -> int:
     if groups[1:]:
         raise ValueError(f"braces do not match in {pattern!r}")
     return groups[0][1]
+
+
+def as_patterns(names: Sequence[str]) -> list[str]:
+    """Write names as brace patterns: those with consecutive last numbers become one range."""
+    found = [LAST_NUMBER.fullmatch(name) for name in names]
+    # shorter numbers first, so that 10 follows 9
+    parts = sorted((one[1], one[3], len(one[2]), one[2]) for one in found if one)
+    padded = {part[:3] for part in parts if part[2] > 1 and part[3].startswith("0")}
+    # numbers without leading zeros may have different lengths
+    groups = groupby(parts, key=lambda part: (*part[:2], part[2] if part[:3] in padded else 0))
+    patterns = []
+    for (before, after, _), group in groups:
+        runs: list[list[str]] = []
+        for *_, text in group:
+            if runs and int(runs[-1][-1]) + 1 == int(text):
+                runs[-1].append(text)
+            else:
+                runs.append([text])
+        numbers = [f"{{{run[0]}..{run[-1]}}}" if run[1:] else run[0] for run in runs]
+        patterns += [f"{before}{number}{after}" for number in numbers]
+    return sorted([*patterns, *(name for name, one in zip(names, found, strict=True) if not one)])
 
 
 def _count_range(text: str) -> int:

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
+from rft.packing.foreign.patterns import as_patterns
 from rft.shards import tar
 from rft.storage import files, local, remote
 
@@ -24,6 +25,7 @@ PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # its `skip_meta`
 TEXT_BYTES = 2**20  # of a .cls or .json
 NO_SHARD = "no such shard"
 SIZE_THREADS = 16  # querying sizes is latency-bound
+PATTERNS = 5  # shown of the shards in a folder
 
 
 class BadSample(ValueError):  # noqa: N818 - a sample is bad, the program is not
@@ -64,12 +66,12 @@ def shard_size(url: str) -> int:
         raise ValueError(f"{NO_SHARD}: {url}") from error
     except IsADirectoryError as error:
         # a common mistake: suggest the pattern of the shards in the folder
-        found, tars = "", [name for name in files.names(url) if name.endswith(".tar")]
-        if tars:
-            found = f"its {len(tars)} .tar files range from {tars[0]} to {tars[-1]}; "
-        pattern = files.join(url, "{000000..000123}.tar")
+        tars = [name for name in files.names(url) if name.endswith(".tar")]
+        found = [f"'{files.join(url, pattern)}'" for pattern in as_patterns(tars)]
+        more = f" and {len(found) - PATTERNS} more" if len(found) > PATTERNS else ""
+        hint = f"name its shards: {' '.join(found[:PATTERNS])}{more}"
         raise ValueError(
-            f"{url} is a folder, not a shard; {found}name its shards, such as '{pattern}' "
+            f"{url} is a folder, not a shard; {hint if found else 'it has no .tar files'} "
             f"(docs/data.md#third-party-shards)"
         ) from error
 
@@ -128,18 +130,26 @@ def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> li
             continue
         key, suffix = split
         # webdataset ends a sample at the first member with a different key
-        if key in samples and key != current:
+        members = samples.setdefault(key, Sample(key, {})).members
+        if suffix in members:
+            raise ValueError(
+                f"{where}: two members are named {members[suffix].name!r}"
+                f"{_and_its_spelling(members[suffix], member)}; rename one"
+            )
+        if members and key != current:
             raise ValueError(
                 f"{where}: key {key!r} recurs at byte {member.offset:,} ({member.name}) after "
                 f"other keys; the members of a sample must be neighbours: write the tar again with "
                 f"sorted names (tar --sort=name)"
             )
         current = key
-        members = samples.setdefault(key, Sample(key, {})).members
-        if suffix in members:
-            raise ValueError(f"{where}: two members are named {member.name!r}")
         members[suffix] = member
     return list(samples.values())
+
+
+def _and_its_spelling(first: tar.Member, second: tar.Member) -> str:
+    # suffixes are compared in lower case
+    return "" if first.name == second.name else f", except for case ({second.name!r})"
 
 
 def read_text(stream: IO[bytes], member: tar.Member, where: str) -> bytes:
