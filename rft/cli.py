@@ -37,6 +37,7 @@ from rft.text import plain
 T = TypeVar("T")
 ERROR_LETTERS = 1800  # per error line; tests/hostile allows at most 2,000
 OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # an option's line in tyro's help
+EMPTY = re.compile(r"\(default:[ │\n]*\)")
 # tyro's complaints about text in place of a number; {None} marks an option that may be omitted
 NO_NUMBER = re.compile(
     r"^Error parsing (?P<name>--[\w.-]+): "
@@ -244,7 +245,8 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         return found
     except SystemExit as stopped:
         if stopped.code != 2:  # --help
-            text = _read(help_text)
+            # tyro's text for an empty tuple; blanked, so that the box keeps its width
+            text = EMPTY.sub(lambda found: re.sub("[^│\n]", " ", found[0]), _read(help_text))
             print_help(only_shown(text, shown) if shown else text)
             raise
         sections = _sections(complaint.getvalue())

@@ -181,7 +181,27 @@ def read(path: Path) -> Weights:
     return _with_card(found, card_path(path))
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder has open_clip's hub layout, or the card of such an export."""
+    if (folder / HUB_CONFIG).is_file():
+        return True
+    own = card.read(folder / CARD)
+    return own is not None and own.format == "open-clip"
+
+
+def _require_complete(folder: Path) -> None:
+    """Check that an rft export has the files of its model that the card lists."""
+    own = card.read(folder / CARD)
+    for name in (HUB_WEIGHTS, HUB_HEAD, HUB_CONFIG):
+        if own and name in own.files and not (folder / name).is_file():
+            raise ValueError(
+                f"{folder / name} is missing, but {CARD} lists it: copy it, or export the model "
+                "again"
+            )
+
+
 def _read_folder(folder: Path) -> Weights:
+    _require_complete(folder)
     if not (folder / HUB_CONFIG).is_file():
         raise ValueError(f"{folder} is a folder without {HUB_CONFIG}; name the weights file in it")
     names = [name for name in _HUB_NAMES if (folder / name).is_file()]

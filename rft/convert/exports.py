@@ -49,13 +49,13 @@ class Export:
     """Write a model in the format of other code, with a card (JSON) that describes it.
 
     open-clip: a folder for open_clip.create_model_and_transforms("local-dir:PATH"), with the
-    fine-tuned image tower and the original text tower. It also has the classification head
-    (head.safetensors), load.py, which classifies with open_clip alone, and a page about the model
-    (README.md).
+    fine-tuned image tower and the original text tower. It also has the classification head in
+    head.safetensors, load.py, which classifies with open_clip alone, and a page about the model in
+    README.md.
 
     onnx: a file (.onnx) of image tower and head. The input is RGB images as bytes (N, 3, size,
-    size), resized and cropped; the output is logits. It needs
-    `pip install '.[onnx]'` in rft's clone.
+    size), resized and cropped; the output is logits. It needs the extra onnx: in rft's clone, run
+    pip install '.[onnx]'.
 
     released: a checkpoint (.pt) of the code released with the paper.
 
@@ -71,11 +71,9 @@ class Export:
     out: Path
     """Folder (open-clip) or file to write."""
     text: str = ""
-    """Weights tag or file of the text tower, if not that of the run's pre-trained model (open-clip,
-    model-soups)."""
+    """Weights tag or file of the text tower (open-clip, model-soups), if not the run's."""
     push: str = ""
-    """Model hub repository to upload the folder to, hf://USER/NAME (open-clip). The login is
-    huggingface_hub's own: `hf auth login`, or HF_TOKEN in the environment."""
+    """Upload the folder (open-clip) to hf://USER/NAME; login: `hf auth login`, or HF_TOKEN."""
     private: bool = False
     """Make a new repository of --push private."""
 
@@ -441,5 +439,8 @@ def _is_kept(out: Path, card_path: Path, old: card.Card) -> bool:
     for path in (card_path.parent / name for name in old.files):
         if not path.exists():
             raise ValueError(f"{card_path} was edited, but {path} is missing; choose another --out")
+    page = card_path.with_name(model_card.NAME)
+    if old.format == "open-clip" and page.is_file() and not model_card.has_classes(page, old):
+        log.warning(f"{page} lists other classes than {card_path.name}; edit its list as well")
     log.info(f"{card_path} was edited, so this export is kept; choose another --out for a new one")
     return True

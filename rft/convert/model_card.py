@@ -7,7 +7,7 @@ the metadata, and their punctuation marks are escaped in the text.
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -20,6 +20,7 @@ from rft.statistics.accuracy import LEVEL
 NAME = "README.md"
 LOADER = "load.py"
 SHOWN_CLASSES = 100
+CLASSES = "## Classes"
 # punctuation with a meaning in Markdown: some anywhere, dots and dashes where a list or link starts
 MARKS = re.compile(
     r"[\\`*_{}\[\]<>()#+!|~&:@$^]|^[-=]|(?<=www)\.|(?<!\w)\.|\.(?!\w)", re.IGNORECASE
@@ -47,6 +48,12 @@ def page(card: Card) -> bytes:
     """Write the page of an open-clip export."""
     text = "\n\n".join([f"---\n{_metadata(card)}\n---", *_sections(card)])
     return f"{text}\n".encode()
+
+
+def has_classes(path: Path, card: Card) -> bool:
+    """Whether a page lists the classes of a card, or has no list of classes."""
+    _, heading, listed = path.read_text("utf-8", "replace").partition(f"\n{CLASSES}\n")
+    return not heading or "\n".join(["", *_classes(card), ""]) in listed
 
 
 def _metadata(card: Card) -> str:
@@ -91,7 +98,7 @@ def _sections(card: Card) -> Iterator[str]:
     yield "\n\n".join(["## Accuracy", *_accuracies(card)])
     yield "\n".join(["## Limits", "", *_limits(card)])
     yield "\n".join(["## Licence", "", *_licences(card)])
-    yield "\n".join(["## Classes", "", *_classes(card)])
+    yield "\n".join([CLASSES, "", *_classes(card)])
 
 
 def _about(card: Card) -> str:

@@ -4,7 +4,9 @@ Exit code 0 if all images were read, 1 if some were not, 2 if none was.
 """
 
 import logging
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -222,7 +224,7 @@ def say(
     written: Sequence[Path],
 ) -> None:
     """Print the predictions, unless they were written to a file, and a summary; warn of errors."""
-    lines = [] if written else [f"{plain(path)}: {in_words(one)}" for path, one in predicted]
+    lines = [] if written else [line(path, one) for path, one in predicted]
     images = f"{len(predicted):,} image{'s' if predicted[1:] else ''}"
     lines.append(f"{images}, probabilities {_scale(model)}")
     if written:
@@ -239,6 +241,14 @@ def say(
         count = f"{unread.count:,} file{'s' if unread.count > 1 else ''} not read:"
         below = [f"  {plain(line)}" for line in _bounded(unread.lines)]
         log.warning(count, extra={"lines": below})
+
+
+def line(path: str, one: Prediction) -> str:
+    """Format an image's prediction: one line, or wrapped below the path on a narrower terminal."""
+    text, width = f"{plain(path)}: {in_words(one)}", shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or len(text) <= width:
+        return text
+    return f"{plain(path)}:\n{textwrap.indent(textwrap.fill(in_words(one), width - 2), '  ')}"
 
 
 def in_words(one: Prediction) -> str:

@@ -8,11 +8,12 @@ Shapes: N images, B of them in one forward, K classes, E features, G patches alo
 """
 
 import logging
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from rft.runs.folder import (
     unfinished,
 )
 from rft.storage import files
+from rft.text import short
 
 EXPORT = "model"  # the export's folder in the --out of rft photos
 MAPS_TOGETHER = 16  # images per forward for relevance, which keeps the graph in memory
@@ -178,27 +180,29 @@ class Model:
         """Find the label of a class by its label, id or name.
 
         Raises:
-            ValueError: if no class matches, or several have the name.
+            ValueError: if no class matches, or several do: a name may be repeated, or be the id of
+                a different class.
         """
         if isinstance(name, str):
-            # ids first: they are distinct, names may repeat
-            for known in (self.class_ids, self.class_names):
-                if known.count(name) == 1:
-                    return known.index(name)
-            several = name in (*self.class_ids, *self.class_names)
-            if several:
+            pairs = enumerate(zip(self.class_ids, self.class_names, strict=True))
+            labels = [label for label, pair in pairs if name in pair]
+            if labels[1:]:
                 raise ValueError(
-                    f"{self.where}: several classes are named {name!r}; pass its label"
+                    f"{self.where}: several classes have the name or id {name!r} (labels "
+                    f"{labels[0]} and {labels[1]}); pass a label"
                 )
+            if labels:
+                return labels[0]
             close = get_close_matches(name, [*self.class_ids, *self.class_names], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "pass its label instead"
             raise ValueError(f"{self.where}: no class is named {name!r}; {hint}")
-        if not 0 <= name < len(self.classes):
+        label = _whole("a class", name)
+        if not 0 <= label < len(self.classes):
             raise ValueError(
-                f"{self.where}: no class has label {name}; labels go from 0 to "
+                f"{self.where}: no class has label {label}; labels go from 0 to "
                 f"{len(self.classes) - 1}"
             )
-        return int(name)
+        return label
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,9 +228,10 @@ class Model:
         """List the most probable classes of each row; equal ones are in the order of labels.
 
         Raises:
-            ValueError: if `top` is not positive, or the temperature leaves no finite logits.
+            ValueError: if `top` is not a positive whole number, or the temperature leaves no finite
+                logits.
         """
-        if top < 1:
+        if (top := _whole("top", top)) < 1:
             raise ValueError(f"top is {top}; it must be 1 or more")
         # fp64, as in rft.evaluate
         scaled_BK = logits_BK.double() / (self.temperature or 1.0)
@@ -264,6 +269,14 @@ class Model:
     def _require_as_many(self, labels: Tensor, count: int, *, ended: bool = False) -> None:
         if len(labels) < count or (ended and len(labels) > count):
             raise ValueError(f"{len(labels)} classes were given for a different number of images")
+
+
+def _whole(what: str, value: Any) -> int:
+    """Return a whole number of any type, such as NumPy's, as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} is {short(value)}; it must be a whole number") from None
 
 
 def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_PIXELS) -> Model:
@@ -318,7 +331,7 @@ def require_model(name: str | Path) -> Path:
         raise ValueError(
             f"{path} is an image; name the model first: a run folder, an export or a weights file"
         )
-    if not path.is_dir() or checkpoint_path(path).is_file() or (path / weights.HUB_CONFIG).exists():
+    if not path.is_dir() or checkpoint_path(path).is_file() or weights.is_export(path):
         return path
     # the layout of `rft photos`
     if (path / EXPORT / weights.HUB_CONFIG).is_file():
@@ -328,7 +341,7 @@ def require_model(name: str | Path) -> Path:
 
 def _read(path: Path) -> tuple[weights.Weights, str]:
     """Read the weights that `path` names, and hash their file."""
-    is_export = (path / weights.HUB_CONFIG).is_file()
+    is_export = weights.is_export(path)
     file = path if is_export else checkpoint_path(path)
     if file != path:
         # its error names the command that writes the weights of an average
@@ -342,12 +355,12 @@ def _read(path: Path) -> tuple[weights.Weights, str]:
     if not found.head:
         raise ValueError(
             f"{path} has no classification head; make a run folder with one for your classes: "
-            f"python -m rft.convert import {path} --data URL --set SET --out RUN"
+            f"rft convert import {path} --data URL --set SET --out RUN"
         )
     if found.architecture is None:
         raise ValueError(
             f"{path} does not name its architecture; import it into a run folder: "
-            f"python -m rft.convert import {path} --clip NAME --out RUN"
+            f"rft convert import {path} --clip NAME --out RUN"
         )
     clips.require_fit(found, found.architecture)
     if found.config is not None:

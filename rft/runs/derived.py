@@ -79,7 +79,7 @@ def require_weights(weights: Path) -> None:
         if config is not None and config.ensemble_of is not None:
             raise ValueError(
                 f"{folder} is an ensemble of two models and has no weights of its own; "
-                "evaluate it with python -m rft.ensemble"
+                "evaluate it with rft ensemble"
             )
         if config is not None and config.merged_from is not None:
             raise ValueError(

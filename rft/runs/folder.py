@@ -97,7 +97,7 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
         raise ValueError(
             f"{weights} was replaced after {folder} was completed: recorded is {recorded[:12]}, "
             f"the file is {found[:12]}; restore it, or import the file into a folder of its own: "
-            "python -m rft.convert import FILE --out DIR"
+            "rft convert import FILE --out DIR"
         )
 
 

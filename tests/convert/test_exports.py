@@ -323,6 +323,9 @@ def test_an_export_of_an_export_names_its_run(convert, refused, run, tmp_path, o
     assert line.endswith(f"{tmp_path / 'hub'} is an export; name its run: {run}")
 
 
+CLASSES = "## Classes\n\n0. crimson\n1. green\n2. blue\n3. white"
+
+
 def test_an_edited_card_is_kept(convert, refused, run, tmp_path, openai, capsys):
     out = tmp_path / "hub"
     command = ("export", run, "--to", "open-clip", "--out", out, "--text", openai)
@@ -332,7 +335,15 @@ def test_an_edited_card_is_kept(convert, refused, run, tmp_path, openai, capsys)
     edited = json.dumps(document(out / "card.json") | {"classes": names})
     (out / "card.json").write_text(edited)
     call(convert_command, *command)
-    assert f"{out / 'card.json'} was edited, so this export is kept" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"{out / 'card.json'} was edited, so this export is kept" in printed.out
+    warning = f"{out / 'README.md'} lists other classes than card.json; edit its list as well"
+    assert warning in printed.err
+    page = out / "README.md"
+    text = page.read_text()
+    page.write_text(text[: text.index("## Classes")] + f"{CLASSES}\n")
+    call(convert_command, *command)
+    assert warning not in capsys.readouterr().err
     assert (out / "card.json").read_text() == edited
     assert weights.read(out).classes.names == tuple(names)
     (out / "head.safetensors").unlink()

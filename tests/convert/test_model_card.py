@@ -286,18 +286,45 @@ def test_pre_trained_weights_have_a_name(clip, settings, weights):
     ("words", "line"),
     [
         ((), "usage: python load.py IMAGE..."),
-        (("README.md",), "error: cannot identify image file "),
+        (("README.md",), "error: README.md: cannot identify image file "),
+        (("none.png",), "error: none.png: No such file or directory"),
+        (("cut.png",), "error: cut.png: "),
+        (("deep.tif",), "error: deep.tif: unsupported pixel mode F; save it with 8 bits"),
         (("key.png",), "error: key.png: one of its colours is transparent; save it with an alpha"),
     ],
 )
 def test_a_mistake_of_the_loader_is_a_line(folder, words, line):
     Image.new("L", (8, 8), 3).save(folder / "key.png", transparency=3)
+    Image.new("F", (8, 8), 3).save(folder / "deep.tif")
+    Image.effect_noise((40, 40), 50).save(folder / "cut.png")
+    data = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
     done = subprocess.run(
         [sys.executable, folder / "load.py", *words], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr.startswith(line)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_loader_checks_an_edited_card(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    whole = document(folder / "card.json")
+    for edit, line in (
+        ({"classes": ["a", "b", "c"]}, "classes must be null or a list of 4 names"),
+        ({"classes": "abcd"}, "classes must be null or a list of 4 names"),
+        ({"temperature": -5}, "temperature is -5; it must be null or above 0"),
+        ({"temperature": 0}, "temperature is 0; it must be null or above 0"),
+        ({"temperature": "1"}, "temperature is '1'; it must be null or above 0"),
+        (None, "Expecting value: line 1 column 1 (char 0)"),
+    ):
+        text = json.dumps(whole | edit) if edit else "x"
+        (folder / "card.json").write_text(text)
+        command = [sys.executable, folder / "load.py", "a.png"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"error: {folder / 'card.json'}: {line}\n"
 
 
 def test_the_page_names_the_commands_that_take_it():

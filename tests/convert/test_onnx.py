@@ -13,7 +13,7 @@ from PIL import Image
 
 import rft
 from rft.clip.classifier import build_classifier, load_state
-from rft.convert import onnx_model
+from rft.convert import model_card, onnx_model
 from rft.runs.filenames import SELECTED
 from rft.storage import files
 from tests import formats
@@ -90,14 +90,22 @@ def test_the_example_of_the_page_gives_rfts_probabilities(
     convert("export", tmp_path / "run", "--to", "onnx", "--out", tmp_path / "ours.onnx")
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    pixels = np.random.default_rng(0).integers(256, size=(37, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    (expected,) = rft.load(tmp_path / "run").classify([tmp_path / "photo.jpg"], top=1)
+    (read,) = re.findall(r"^def read.*?\n(?=\n\n)", code, re.S | re.M)
+    assert read in model_card.loader().decode()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(37, 50, 3), dtype=np.uint8)
+    deep = Image.fromarray(rng.integers(2**16, size=(37, 50), dtype=np.uint16))
+    clear = Image.fromarray(rng.integers(256, size=(37, 50, 4), dtype=np.uint8))
+    images = {"photo.jpg": Image.fromarray(pixels), "deep.png": deep, "clear.png": clear}
+    model = rft.load(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(compile(code, "export.md", "exec"), names)  # noqa: S102 - a page of our own
-    assert capsys.readouterr().out.split()[0] == expected.name
-    assert names["probabilities"].max() == pytest.approx(expected.probability, abs=1e-5)
+    for name, image in images.items():
+        image.save(name)
+        (expected,) = model.classify([name], top=1)
+        names: dict = {}
+        exec(compile(code.replace("photo.jpg", name), "export.md", "exec"), names)  # noqa: S102 - a page of our own
+        assert capsys.readouterr().out.split()[0] == expected.name
+        assert names["probabilities"].max() == pytest.approx(expected.probability, abs=1e-5)
 
 
 def test_weights_beyond_what_protobuf_holds(monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 import rft
 from rft.predict import command
 from rft.predict.images import read_squares
+from rft.predict.model import Prediction
 from rft.predict.page import shown
 from rft.text import is_hidden
 from tests import tiny
@@ -85,6 +87,29 @@ def test_every_image_has_a_line_with_classes_and_probabilities(home, predict, fo
     assert re.fullmatch(
         r"3 images, probabilities at temperature \S+, fitted on held-out images", out[3]
     )
+
+
+def test_long_lines_are_wrapped_on_a_terminal(monkeypatch):
+    names = tuple(f"class number {number}" for number in range(5))
+    one = Prediction(names, names, tuple(range(5)), (0.2,) * 5)
+    whole = f"a/b.png: {command.in_words(one)}"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command.line("a/b.png", one) == whole
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    first, *below = command.line("a/b.png", one).split("\n")
+    assert first == "a/b.png:"
+    assert all(len(part) <= 80 and part.startswith("  ") for part in below)
+    assert " ".join([first, *map(str.strip, below)]) == whole
+    monkeypatch.setenv("COLUMNS", "200")
+    assert command.line("a/b.png", one) == whole
+
+
+def test_the_help_shows_no_empty_default(capsys):
+    with pytest.raises(SystemExit):
+        tiny.call(command, "--help")
+    text = capsys.readouterr().out
+    assert "(default: )" not in text
+    assert len({len(line) for line in text.splitlines() if line.startswith("│")}) == 1
 
 
 def test_the_csv_has_a_row_for_each_image(home, predict, folder, tmp_path):

@@ -95,6 +95,10 @@ def test_of_equal_logits_the_first_class_comes_first(model):
     assert one.labels == (1, 2, 3)
     with pytest.raises(ValueError, match="top is 0; it must be 1 or more"):
         model.predictions(torch.zeros(1, 4), top=0)
+    for value, text in ((1.5, "1.5"), ("2", "'2'"), (None, "None")):
+        with pytest.raises(ValueError, match=f"top is {text}; it must be a whole number"):
+            model.predictions(torch.zeros(1, 4), top=value)
+    assert len(model.predictions(torch.zeros(1, 4), top=np.int64(2))[0].names) == 2
     # results.json may contain any value
     tiny_one = dataclasses.replace(model, temperature=1e-308)
     with pytest.raises(ValueError, match="its temperature, 1e-308, is not usable"):
@@ -146,6 +150,8 @@ def test_classes_that_are_none_are_refused(home, model):
         (["red", "rde"], r"no class is named 'rde'; did you mean 'red'\?"),
         ([0, 4], "no class has label 4; labels go from 0 to 3"),
         ([0, -1], "no class has label -1; labels go from 0 to 3"),
+        ([0, 1.5], "a class is 1.5; it must be a whole number"),
+        ([0, None], "a class is None; it must be a whole number"),
         (["red"], "1 classes were given for a different number of images"),
         ("red", "'red' is one class; pass a list with a class for each image"),
         (1, "1 is one class; pass a list"),
@@ -162,8 +168,20 @@ def test_a_name_of_several_classes_is_refused_and_its_id_is_not(tmp_path):
     model = rft.load(path)
     assert model.label_of("n2") == 1
     assert model.label_of("ox") == 2
-    with pytest.raises(ValueError, match="several classes are named 'crane'; pass its label"):
+    message = r"have the name or id 'crane' \(labels 0 and 1\); pass a label"
+    with pytest.raises(ValueError, match=message):
         model.label_of("crane")
+
+
+def test_an_id_that_is_the_name_of_a_different_class_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    classes = Classes(names=("11", "ox", "12"), ids=("10", "11", "12"))
+    save_classifier(str(path), build_model(classes=3), {"step": "0"}, classes)
+    model = rft.load(path)
+    with pytest.raises(ValueError, match=r"have the name or id '11' \(labels 0 and 1\)"):
+        model.label_of("11")
+    assert model.label_of("12") == 2  # id and name of one class
+    assert model.label_of("10") == 0
 
 
 def test_an_image_that_cannot_be_read_is_named(home, model, tmp_path):
@@ -222,6 +240,19 @@ def test_a_file_an_export_and_a_run_are_one_model(home, model, tmp_path, tiny_cl
         np.testing.assert_array_equal(one.logits(paths), expected)
 
 
+def test_an_export_without_one_of_its_files_names_it(home, tmp_path, tiny_clip):
+    export = tmp_path / "export"
+    tiny.call(convert, "export", home.run, "--to", "open-clip", "--out", export)
+    for name in ("head.safetensors", "open_clip_model.safetensors", HUB_CONFIG):
+        data = (export / name).read_bytes()
+        (export / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name} is missing, but card\.json lists it: copy"):
+            rft.load(export)
+        (export / name).write_bytes(data)
+    (export / "README.md").unlink()
+    rft.load(export)
+
+
 def test_what_is_no_model_is_refused(tmp_path, tiny_clip):
     clip = tiny_clip.removeprefix("local-dir:")
     (tmp_path / "text.safetensors").write_text("no weights")
@@ -232,7 +263,7 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_clip):
     for path, message in (
         (tmp_path / "none", "no weights at .*none"),
         (tmp_path, "no checkpoint at .*best.safetensors"),
-        (clip, "has no classification head; make a run folder"),
+        (clip, "has no classification head; make .* for your classes: rft convert import "),
         (tmp_path / "text.safetensors", "has an unknown format"),
         (tmp_path / "nan.safetensors", "head.weight are not finite"),
         ("s3://bucket/run", "it must be a local folder or file"),

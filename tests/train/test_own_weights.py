@@ -55,7 +55,7 @@ def swap(folder: Path, kind: str) -> tuple[Path, str]:
     return run, (
         f"error: {run / SELECTED} was replaced after {run} was completed: recorded is {before}, "
         f"the file is {now}; restore it, or import the file into a folder of its own: "
-        "python -m rft.convert import FILE --out DIR"
+        "rft convert import FILE --out DIR"
     )
 
 
