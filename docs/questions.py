@@ -5,6 +5,7 @@ docs/results.md ("World 2", rule 6) names the pairs. Their differences come from
 """
 
 import csv
+import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -65,10 +66,19 @@ def announced(folder: Path) -> list[tuple[str, str]]:
 
 
 def select(folder: Path) -> list[Line]:
-    """Select the lines of the announced pairs from a report's differences.csv."""
+    """Select lines of a report's differences.csv.
+
+    These are all columns of the announced pairs, and the OOD average of every pair of rows that
+    table.md shows.
+    """
     wanted = {frozenset(pair) for pair in announced(folder)}
-    lines = read(folder / DIFFERENCES)
-    return [line for line in lines if {line["recipe"], line["against"]} in wanted]
+    shown = re.findall(r"^\| ([\w.-]+) \|", (folder / "table.md").read_text(), re.MULTILINE)
+    return [
+        line
+        for line in read(folder / DIFFERENCES)
+        if (pair := {line["recipe"], line["against"]}) in wanted
+        or (line["set"] == AVERAGE and pair <= {*shown})
+    ]
 
 
 def by_pair(lines: list[Line]) -> dict[tuple[str, str, str], Difference]:
@@ -123,7 +133,7 @@ def table(folder: Path) -> str:
 
 
 def write(report: Path, results: Path) -> None:
-    """Copy a report's lines of the announced pairs to the folder of results, and make the table.
+    """Copy the selected lines of a report to the folder of results, and make the table.
 
     The folder has the report's paper.csv already.
     """

@@ -102,7 +102,7 @@ load_settings() {
     local name word words
     [ -e launch/cluster.env ] || fail "copy launch/cluster.env.example to launch/cluster.env and edit it"
     source_settings
-    require_setting TIME '[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|INFINITE|UNLIMITED' \
+    require_setting TIME '[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|[Ii][Nn][Ff][Ii][Nn][Ii][Tt][Ee]|[Uu][Nn][Ll][Ii][Mm][Ii][Tt][Ee][Dd]' \
         "the time limit of a job: minutes, hours:minutes:seconds (24:00:00) or days-hours (2-12)"
     require_setting GPUS_PER_NODE '([a-zA-Z][^:]*:)?(0|[1-9][0-9]*)' "a number; 0 for nodes without GPUs"
     require_setting CPUS_PER_NODE '[1-9][0-9]*' "a number of at least 1"

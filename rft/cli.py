@@ -266,7 +266,7 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
             for title, *lines in sections
             if title.startswith("Perhaps you meant")
             for line in lines
-            if (found := re.match(r"(?:--\S+, )*(--[^\s,]+)", line))
+            if (found := re.match(r"(?:--\S+, )*(--[^\s,)]+)", line))
         ]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         raise ValueError(f"{text}{hint} (see --help)") from None

@@ -106,16 +106,18 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
 def typed(words: Sequence[str]) -> list[str]:
     """Rebuild the command line of this process (`sys.argv`), as it can be typed again."""
     program, names = Path(words[0]), os.environ.get(STARTED, "").split()[1:]
+    parts, options = (*program.parts[:-1], program.stem), list(words[1:])
     for command, one in _every():
-        if list(command) != names:
-            continue
-        # `rft` itself, a stage, or a rank, which is started as `python -m rft.train`
-        module = ("rft", "__main__"), (*one.package.split("."), "__main__")
-        parts = (*program.parts[:-1], program.stem)
-        if program.name in ("rft", " ".join(("rft", *names))) or any(
-            parts[-len(name) :] == name for name in module
-        ):
-            options = list(words[1:])
+        module = (*one.package.split("."), "__main__")
+        # a rank or a stage, which is started as `python -m rft.train`
+        is_module = parts[-len(module) :] == module
+        if not names and is_module:
+            return ["python", "-m", one.package, *options]
+        by_rft = program.name in ("rft", " ".join(("rft", *names))) or parts[-2:] == (
+            "rft",
+            "__main__",
+        )
+        if names and (is_module or (list(command) == names and by_rft)):
             if one.first and tuple(options[: len(one.first)]) == one.first:
                 del options[: len(one.first)]
             return ["rft", *command, *options]

@@ -63,12 +63,14 @@ def run_here(name: str, words: Sequence[str]) -> None:
     title = " ".join(["rft", *names[: len(names) - len(options)]])
     show(["rft", *names] if by_rft else ["python", *words])
 
+    started = f"{words[1].replace('.', '/')}/__main__.py" if words[0] == "-m" else words[0]
     environment = {**os.environ, commands.STAGE: "1"}
     environment |= {commands.STARTED: title} if by_rft else {}
 
     def work() -> None:
         os.environ.update(environment)
-        sys.argv = [title if by_rft else words[0], *options]
+        # as Python itself has it, for the record of the command
+        sys.argv = [title if by_rft else started, *options]
         cli.run(importlib.import_module(found.module).main)
 
     if FORKS:

@@ -150,7 +150,9 @@ def test_next_steps_have_the_name_that_was_used(monkeypatch):
         ("rft choose", ["/x/rft/merge/choose/__main__.py", "a"], ["rft", "choose", "a"]),
         ("rft train", ["/x/rft/train/__main__.py", "a"], ["rft", "train", "a"]),
         # a process of a plan that is a different command
-        ("rft demo", ["/x/rft/train/__main__.py", "a"], ["__main__.py", "a"]),
+        ("rft demo", ["/x/rft/train/__main__.py", "a"], ["rft", "train", "a"]),
+        # Python itself, also through torchrun
+        ("", ["/x/rft/train/__main__.py", "a"], ["python", "-m", "rft.train", "a"]),
         ("", ["tools/verify_shards.py", "a"], ["verify_shards.py", "a"]),
     ],
 )

@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch):
     paper = [f"{name},{place},{50 - place}" for place, name in enumerate(ROWS)]
     paper += [f"{name},,{40}" for name in order if name not in ROWS]
     paper.append("lp-ft,,")
+    (tmp_path / "table.md").write_text("| recipe | n |\n| --- | --: |\n| vanilla | 5 |\n")
     (tmp_path / "paper.csv").write_text("recipe,OOD avg,OOD avg paper\n" + "\n".join(paper) + "\n")
     world = "\n".join(f"{name},{2 * place}" for place, name in enumerate(order))
     (tmp_path / "world-1.csv").write_text(f"recipe,OOD avg\n{world}\n")
@@ -82,13 +83,21 @@ def test_a_pair_that_was_not_measured_is_an_error(folder):
         questions.table(folder)
 
 
-def test_only_the_announced_pairs_are_copied(folder, tmp_path):
+def test_the_announced_pairs_are_copied(folder, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     (results / "paper.csv").write_bytes((folder / "paper.csv").read_bytes())
     questions.write(folder, results)
     kept = questions.read(results / questions.DIFFERENCES)
     assert len(kept) == 18 * len(SETS)
+    # the OOD average of other rows of table.md
+    (folder / "table.md").write_text("| no-mask | 5 |\n| wise-ft-0.5 | 5 |\n")
+    (added,) = [line for line in questions.select(folder) if line not in kept]
+    assert [added[name] for name in ("recipe", "against", "set")] == [
+        "no-mask",
+        "wise-ft-0.5",
+        "OOD avg",
+    ]
     assert (results / questions.TABLE).read_text() == questions.table(folder)
 
 

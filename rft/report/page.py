@@ -250,19 +250,21 @@ def _row_of(chosen: Path, runs: Sequence[Run], rows: Sequence[Row]) -> Row:
     Raises:
         ValueError: if it is not one of the runs, or no longer has the weights that were chosen.
     """
-    path, which = chosen, ""
     made = choice.read(chosen) if chosen.is_file() else None
+    path = Path(made.chosen) if made else chosen
+    there = [one for one in runs if Path(one.path).resolve() == path.resolve()]
     if made is not None:
-        path, which = Path(made.chosen), f" names {made.chosen}, which"
-    run = next((one for one in runs if Path(one.path).resolve() == path.resolve()), None)
-    if run is None:
-        raise ValueError(f"--chosen {chosen}{which} is not among the runs of the report")
-    weights = run.results.checkpoint_sha256
-    if made and weights not in [one.sha256 for one in made.candidates if one.path == made.chosen]:
+        # by weights, because the folders may have been moved since; copies have equal weights
+        sha256 = {one.sha256 for one in made.candidates if one.path == made.chosen}
+        there = [one for one in [*there, *runs] if one.results.checkpoint_sha256 in sha256]
+    if not there:
         raise ValueError(
-            f"--chosen {chosen} was made with different weights of {path}; rerun rft choose"
+            f"--chosen {chosen} is not among the runs of the report"
+            if made is None
+            else f"--chosen {chosen} names {path}, whose weights no run of the report has; report "
+            "on that run too, or rerun rft choose"
         )
-    return next(row for row in rows if row.name == run.row)
+    return next(row for row in rows if row.name == there[0].row)
 
 
 def _pictures(

@@ -31,6 +31,11 @@ class Choice:
     chosen: Text
     """Path of the run folder."""
 
+    def __post_init__(self) -> None:
+        best = max((one.correct for one in self.candidates), default=0)
+        if not any(one.path == self.chosen and one.correct == best for one in self.candidates):
+            raise ValueError(f"chosen is {self.chosen}, which is not the best of the candidates")
+
 
 def read(path: Path) -> Choice:
     """Read the document of a choice; raises ValueError if it is absent or malformed."""

@@ -10,6 +10,7 @@ blocks here. The code below locates the next header and interprets extended head
 moves it forward.
 """
 
+import logging
 import os
 import re
 import tarfile
@@ -18,8 +19,8 @@ from typing import IO, NamedTuple
 
 BLOCK = 512  # bytes; headers and payloads are padded to full blocks
 END = 2 * BLOCK  # zeros that end an archive
-# Writers pad an archive to records of 10 KiB, or of a power of two (--blocking-factor), rarely
-# above 1 MiB. More zeros are left by a download or writer that allocated the file first.
+# Writers pad an archive to records of 10 KiB, or rarely of a power of two up to 1 MiB
+# (--blocking-factor). More zeros are left by a download or writer that allocated the file first.
 RECORD = 10_240
 RECORDS = [2**n for n in range(14, 21)]
 DESCRIPTION_BYTES = 2**20  # of names and attributes before a member
@@ -42,6 +43,8 @@ OTHER_KINDS = {
 }
 
 AGAIN = "download or write it again"
+
+log = logging.getLogger(__name__)
 
 
 class IncompleteError(ValueError):
@@ -190,9 +193,13 @@ def _require_end(read: Read, end: int, total: int, name: str) -> None:
         raise IncompleteError(
             f"{name} is cut off at byte {total:,}: a tar ends with {END} zeros; {AGAIN}"
         )
-    records = [RECORD, *(size for size in RECORDS if total % size == 0)]
-    if padding >= max(records):
-        raise IncompleteError(
-            f"{name} ends at byte {end:,} of {total:,}, with zeros after it: it was not written "
-            f"completely; {AGAIN}"
-        )
+    if padding < RECORD:
+        return
+    what = f"{name} ends at byte {end:,} of {total:,}, with zeros after it"
+    unusual = "tar writes so many only with an unusual --blocking-factor"
+    if any(total % size == 0 and padding < size for size in RECORDS):
+        log.warning(f"{what}: {unusual}; otherwise it was not written completely, and lacks files")
+        return
+    raise IncompleteError(
+        f"{what}: it was not written completely; {AGAIN}, with tar's own padding ({unusual})"
+    )

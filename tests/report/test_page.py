@@ -242,6 +242,17 @@ def test_only_the_record_of_a_choice_makes_a_model_chosen(tmp_path):
     assert "vanilla (exported)" in page.text
 
 
+def test_the_chosen_run_may_have_been_moved(tmp_path):
+    runs = [
+        make_predicted(tmp_path / "a", name, sets=("zoo",)) for name in ("zero-shot", "vanilla")
+    ]
+    made = choose(tmp_path / "choice.json", runs[1])
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = load_runs([tmp_path / "b" / run.name for run in runs])
+    page = Page(render(compose(moved, draw=False, chosen=made)))
+    assert "Chosen without any test image: vanilla" in page.text
+
+
 def test_a_choice_must_fit_the_runs(tmp_path):
     *runs, other = [
         make_predicted(tmp_path, name, skill=0.5, sets=("zoo",))
@@ -249,14 +260,19 @@ def test_a_choice_must_fit_the_runs(tmp_path):
     ]
     made = choose(tmp_path / "choice.json", other)
     loaded = load_runs(runs)
-    line = f"--chosen {made} names {other}, which is not among the runs of the report"
-    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+    line = f"--chosen {made} names {other}, whose weights no run of the report has; report on that"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}"):
         compose(loaded, draw=False, chosen=made)
     with pytest.raises(ValueError, match=r"^--chosen .*data is not among the runs"):
         compose(loaded, draw=False, chosen=tmp_path / "data")
     made = choose(tmp_path / "choice.json", runs[1])
     made.write_text(made.read_text().replace(loaded[1].results.checkpoint_sha256, "1" * 64))
-    with pytest.raises(ValueError, match=r"made with different weights of .*; rerun rft choose"):
+    with pytest.raises(ValueError, match=r"whose weights no run .*, or rerun rft choose"):
+        compose(loaded, draw=False, chosen=made)
+    # another model than the best
+    made = choose(tmp_path / "choice.json", runs[1])
+    made.write_text(made.read_text().replace('"correct": 8', '"correct": 10'))
+    with pytest.raises(ValueError, match=r"choice\.json: .*which is not the best of the candidat"):
         compose(loaded, draw=False, chosen=made)
     made.write_text("{}")
     with pytest.raises(ValueError, match=r"choice\.json"):

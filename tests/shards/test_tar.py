@@ -191,7 +191,17 @@ def test_a_tar_may_be_padded_to_a_record(record):
     assert len(found(data + bytes(-len(data) % record))) == 1
 
 
-@pytest.mark.parametrize("total", [71_680, 2**21, 3 * 2**16])
+@pytest.mark.parametrize(("total", "warned"), [(11_264, 0), (16_384, 1), (2**20, 1)])
+def test_zeros_of_an_unusual_record_are_a_warning(total, warned, capsys):
+    """A file of this size may also be one that was not written completely."""
+    assert len(found(FILE.ljust(total, b"\0"))) == 1
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == warned
+    for message in messages:
+        assert f"x.tar ends at byte 1,024 of {total:,}, with zeros after it: tar wri" in message
+
+
+@pytest.mark.parametrize("total", [12_288, 71_680, 2**21, 3 * 2**16])
 def test_more_zeros_are_a_file_that_was_not_written_completely(total):
     """The rest of a download or of a killed writer, in a file of its final size."""
     message = rf"x\.tar ends at byte 1,024 of {total:,}, with zeros after it: .*; download or write"
