@@ -201,5 +201,5 @@ def _require_end(read: Read, end: int, total: int, name: str) -> None:
         log.warning(f"{what}: {unusual}; otherwise it was not written completely, and lacks files")
         return
     raise IncompleteError(
-        f"{what}: it was not written completely; {AGAIN}, with tar's own padding ({unusual})"
+        f"{what}: it was not written completely ({unusual}); {AGAIN}"
     )

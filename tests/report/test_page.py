@@ -272,7 +272,7 @@ def test_a_choice_must_fit_the_runs(tmp_path):
     # another model than the best
     made = choose(tmp_path / "choice.json", runs[1])
     made.write_text(made.read_text().replace('"correct": 8', '"correct": 10'))
-    with pytest.raises(ValueError, match=r"choice\.json: .*which is not the best of the candidat"):
+    with pytest.raises(ValueError, match=r"choice\.json: .*which is not the best of the"):
         compose(loaded, draw=False, chosen=made)
     made.write_text("{}")
     with pytest.raises(ValueError, match=r"choice\.json"):
