@@ -200,6 +200,4 @@ def _require_end(read: Read, end: int, total: int, name: str) -> None:
     if any(total % size == 0 and padding < size for size in RECORDS):
         log.warning(f"{what}: {unusual}; otherwise it was not written completely, and lacks files")
         return
-    raise IncompleteError(
-        f"{what}: it was not written completely ({unusual}); {AGAIN}"
-    )
+    raise IncompleteError(f"{what}: it was not written completely ({unusual}); {AGAIN}")
