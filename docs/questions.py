@@ -11,9 +11,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from rft.recipes import DEFAULT
+from rft.recipes import DEFAULT, MASKED, OURS
 from rft.report.measures import PAIR_REPLICATES
-from rft.report.tables import UNTRAINED, csv_lines, heading, markdown_escape, markdown_line
+from rft.report.tables import (
+    BASELINES,
+    OOD_COLUMN,
+    UNTRAINED,
+    csv_lines,
+    heading,
+    markdown_escape,
+    markdown_line,
+)  # fmt: skip
 from rft.sets import OOD_SETS
 from rft.statistics.paired import holm
 from rft.storage import files
@@ -21,12 +29,9 @@ from rft.storage import files
 TABLE = "questions.md"
 DIFFERENCES = "differences.csv"
 WORLD_1 = Path(__file__).parent / "results/world-1/reproduction/table.csv"
-AVERAGE = "OOD avg"
+AVERAGE = heading(OOD_COLUMN)
 LEVEL = 0.05
 SMALLEST = 2 / (PAIR_REPLICATES + 1)  # of a two-sided p-value, before the correction
-BASELINES = ("vanilla", "no-mask", "wise-ft-0.5")
-MASKS = ("random-mask", "context-mask", "object-mask")
-FILLS = ("no-fill", "single-fill", "multi-fill")
 
 Line = Mapping[str, str]
 
@@ -46,11 +51,11 @@ def pairs(rows: list[str]) -> Iterator[tuple[str, str]]:
     Args:
         rows: the paper's rows that have results, in the order of its tables.
     """
-    others = [f"{mask}-single-fill" for mask in MASKS if f"{mask}-single-fill" != DEFAULT]
-    yield from ((DEFAULT, other) for other in (*BASELINES, *others))
-    for mask in MASKS:
-        for first, second in combinations(FILLS, 2):
-            yield f"{mask}-{second}", f"{mask}-{first}"
+    same_fill = [name for name, one in MASKED.items() if one.fill == OURS.fill and one != OURS]
+    yield from ((DEFAULT, other) for other in (*BASELINES, "wise-ft-0.5", *same_fill))
+    for mask in dict.fromkeys(one.mask for one in MASKED.values()):
+        fills = [name for name, one in MASKED.items() if one.mask == mask]
+        yield from ((second, first) for first, second in combinations(fills, 2))
     yield from ((row, UNTRAINED) for row in rows if row != UNTRAINED)
 
 

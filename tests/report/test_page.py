@@ -269,7 +269,7 @@ def test_a_choice_must_fit_the_runs(tmp_path):
     made.write_text(made.read_text().replace(loaded[1].results.checkpoint_sha256, "1" * 64))
     with pytest.raises(ValueError, match=r"whose weights no run .*, or rerun rft choose"):
         compose(loaded, draw=False, chosen=made)
-    # another model than the best
+    # a model that is not the best
     made = choose(tmp_path / "choice.json", runs[1])
     made.write_text(made.read_text().replace('"correct": 8', '"correct": 10'))
     with pytest.raises(ValueError, match=r"choice\.json: .*which is not the best of the"):
